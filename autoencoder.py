@@ -1,0 +1,116 @@
+"""A KL autoencoder (Rombach et al. 2022): pictures to a small latent and back, so that diffusion has less to do.
+
+    picture (B, 3, 8h, 8w) → encode → latent (B, C, h, w) → decode → picture
+
+The encoder gives a mean and a log-variance; training decodes a sample of that Gaussian, and a small Kullback–Leibler
+term keeps it near the unit one. `encode` and `decode` own the latent's scale and shift: outside of this file, latents
+have mean 0 and standard deviation 1 in every channel.
+
+The mini size is convolutional and small enough for a laptop: the first layer folds 4×4 pixels into channels, so that
+nothing runs at full resolution. Letters: B batch, C latent channels.
+"""
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class AutoencoderConfig:
+    channels: int = 8  # C
+    width: int = 64  # channels at a quarter of the resolution; twice as many at an eighth
+    depth: int = 2  # residual blocks at each resolution
+
+
+def norm(width):
+    return nn.GroupNorm(8, width)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.conv1 = norm(width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = norm(width), nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)  # starts as the identity, which lets a deep stack learn at once
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(y)))
+
+
+class Autoencoder(nn.Module):
+    factor = 8  # pixels a latent position, each way
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        W, C, depth = config.width, config.channels, config.depth
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4),  # (B, 48, H/4, W/4)
+            nn.Conv2d(48, W, 3, padding=1),
+            *[ResidualBlock(W) for _ in range(depth)],
+            nn.Conv2d(W, 2 * W, 3, stride=2, padding=1),  # (B, 2W, h, w)
+            *[ResidualBlock(2 * W) for _ in range(depth)],
+            norm(2 * W),
+            nn.Conv2d(2 * W, 2 * C, 3, padding=1),  # mean and log-variance
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(C, 2 * W, 3, padding=1),  # (B, 2W, h, w)
+            *[ResidualBlock(2 * W) for _ in range(depth)],
+            nn.Conv2d(2 * W, 4 * W, 3, padding=1),
+            nn.PixelShuffle(2),  # (B, W, H/4, W/4)
+            *[ResidualBlock(W) for _ in range(depth)],
+            norm(W),
+            nn.SiLU(),
+            nn.Conv2d(W, 48, 3, padding=1),
+            nn.PixelShuffle(4),  # (B, 3, H, W)
+        )
+        self.register_buffer("shift", torch.zeros(C))
+        self.register_buffer("scale", torch.ones(C))
+
+    def moments(self, pictures):
+        """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, (B, C, H/8, W/8) each.
+        ValueError if 8 does not divide H and W."""
+        if pictures.shape[-1] % self.factor or pictures.shape[-2] % self.factor:
+            raise ValueError(f"picture size {tuple(pictures.shape[-2:])} is not divisible by {self.factor}")
+        mean, log_variance = self.encoder(pictures).chunk(2, dim=1)
+        return mean, log_variance.clamp(-20, 10)
+
+    def encode(self, pictures):
+        """pictures (B, 3, H, W) in -1…1 → latent mean (B, C, H/8, W/8), shifted and scaled to mean 0 and std 1."""
+        return (self.moments(pictures)[0] - self.shift.view(1, -1, 1, 1)) / self.scale.view(1, -1, 1, 1)
+
+    def decode(self, latents):
+        """latents (B, C, h, w), as encode gives them → pictures (B, 3, 8h, 8w), about -1…1, not clipped."""
+        return self.decoder(latents * self.scale.view(1, -1, 1, 1) + self.shift.view(1, -1, 1, 1))
+
+    def loss(self, pictures, noise, kl_weight=1e-6):
+        """Reconstruction (mean absolute error) + kl_weight · KL: per-sample (B,), and the squared error (B,) for PSNR.
+        noise: unit Gaussian of the latent's shape, (B, C, H/8, W/8)."""
+        mean, log_variance = self.moments(pictures)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)  # (B,)
+        error = self.decoder(mean + (0.5 * log_variance).exp() * noise) - pictures
+        loss = error.abs().flatten(1).mean(1) + kl_weight * kl
+        return loss, error.detach().square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def calibrate(self, pictures):
+        """Measures shift and scale on pictures (B, 3, H, W): a few hundred are enough."""
+        mean = self.moments(pictures)[0]
+        self.shift.copy_(mean.mean((0, 2, 3)))
+        self.scale.copy_(mean.std((0, 2, 3)).clamp(min=1e-6))
+
+
+def check_scale(latents, tolerance=0.2):
+    """Warns when latents (B, C, h, w) are not at mean 0 and standard deviation 1: diffusion's noise would then be too
+    weak or too strong for them. Returns (mean, std)."""
+    mean, std = latents.mean().item(), latents.std().item()
+    if abs(mean) > tolerance or abs(std - 1) > tolerance:
+        warnings.warn(
+            f"latents have mean {mean:.2f} and standard deviation {std:.2f}, not 0 and 1: "
+            "was this autoencoder trained on other pictures? Train one on these."
+        )
+    return mean, std

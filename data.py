@@ -1,0 +1,344 @@
+"""Training data: pictures with captions.
+
+    shapes   one to three shapes with colour, texture, size and position, drawn and captioned here
+    folder   any folder of pictures, each with a caption in a .txt of the same name, or one captions.jsonl for all
+    emoji    python data.py emoji FOLDER: such a folder from the colour-emoji font that is installed
+
+A data set has `captions`, a list of N strings, and `pictures(indices)`, a (B, 3, S, S) uint8 tensor.
+Certain pairs of colour and shape, and of texture and shape, never occur in training, so that a model can be asked for
+what it has never seen.
+"""
+import json
+import math
+import random
+import sys
+import unicodedata
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageFont, ImageDraw, ImageOps
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------- shapes
+
+COLOURS = {
+    "red": (220, 40, 40), "orange": (250, 140, 30), "yellow": (245, 215, 40), "green": (40, 160, 60),
+    "cyan": (50, 195, 215), "blue": (45, 80, 220), "purple": (140, 50, 185), "pink": (250, 140, 190),
+}  # fmt: skip
+TEXTURES = ("solid", "striped", "dotted", "checkered")
+SHAPES = ("circle", "square", "triangle", "cross", "star")
+SIZES = {"small": 0.09, "": 0.118, "big": 0.155}  # radius of the circle of equal area, as a share of the picture
+BOXES = {"circle": (1, 1), "square": (0.886, 0.886), "triangle": (1.347, 1.166), "cross": (1.154, 1.154),
+         "star": (1.466, 1.541)}  # half width and half height at r = 1
+RELATIONS = ("above", "below", "left of", "right of")
+COMPARISONS = ("bigger than", "smaller than")
+BACKGROUNDS = ((250, 250, 250), (226, 226, 226), (250, 241, 218), (216, 229, 241))
+UNSEEN_COLOURS = {("purple", "circle"), ("green", "square"), ("red", "triangle"), ("yellow", "cross"), ("blue", "star")}
+UNSEEN_TEXTURES = {("striped", "star"), ("dotted", "triangle"), ("checkered", "cross")}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape. x, y: centre, r: radius of the circle of equal area; all as shares of the picture, y downwards."""
+
+    shape: str
+    colour: str
+    texture: str = "solid"
+    size: str = ""
+    x: float = 0.5
+    y: float = 0.5
+    r: float = SIZES[""]
+
+    @property
+    def unseen(self):
+        return (self.colour, self.shape) in UNSEEN_COLOURS or (self.texture, self.shape) in UNSEEN_TEXTURES
+
+
+def distance(shape, x, y):
+    """Signed distance to the outline of a shape of area π around 0 (negative inside; exact near the edges, which is
+    where it counts). x, y: arrays of coordinates, y downwards."""
+    if shape == "circle":
+        return np.hypot(x, y) - 1
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.886
+    if shape == "triangle":
+        y = y + 0.389  # centred by its box, not by its centre of mass
+        return np.maximum(y, abs(x) * 0.866 - y / 2) - 0.7776
+    if shape == "cross":
+        x, y = abs(x), abs(y)
+        return np.minimum(np.maximum(x - 1.154, y - 0.4155), np.maximum(x - 0.4155, y - 1.154))
+    if shape == "star":  # five points: fold the plane into one tenth of it, where the outline is one line
+        angle = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+        radius = np.hypot(x, y)
+        return radius * (0.3840 * np.cos(angle) + 0.9233 * np.sin(angle)) - 0.5918
+    raise ValueError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")
+
+
+def texture_share(texture, x, y, period):
+    """How much of each pixel takes the dark tone, 0…1. x, y in pixels from the shape's centre; period in pixels."""
+    if texture == "solid":
+        return np.zeros_like(x)
+    if texture == "striped":
+        return (0.5 - np.cos(2 * np.pi * y / period) * period / 6.3).clip(0, 1)
+    if texture == "checkered":
+        cell = 1.5 * period  # two squares
+        return (0.5 + np.sin(2 * np.pi * x / cell) * np.sin(2 * np.pi * y / cell) * cell / 6.3).clip(0, 1)
+    if texture == "dotted":
+        u, v = ((a + period / 2) % period - period / 2 for a in (x, y))
+        return (0.5 + 0.28 * period - np.hypot(u, v)).clip(0, 1)
+    raise ValueError(f"texture {texture!r} is not one of {', '.join(TEXTURES)}")
+
+
+def draw(things, background=BACKGROUNDS[0], size=64):
+    """Renders things onto a plain background, edges anti-aliased: (size, size, 3) uint8."""
+    picture = np.empty((size, size, 3), np.float32)
+    picture[:] = background
+    for thing in things:
+        x, y, r = thing.x * size, thing.y * size, thing.r * size
+        reach = 1.6 * r + 2  # a star's point is 1.54 r away
+        left, right = max(0, int(x - reach)), min(size, int(x + reach) + 1)
+        top, bottom = max(0, int(y - reach)), min(size, int(y + reach) + 1)
+        u = (np.arange(left, right, dtype=np.float32) + 0.5 - x)[None, :] + np.zeros((bottom - top, 1), np.float32)
+        v = (np.arange(top, bottom, dtype=np.float32) + 0.5 - y)[:, None] + np.zeros((1, right - left), np.float32)
+        cover = (0.5 - distance(thing.shape, u / r, v / r) * r).clip(0, 1)[..., None]
+        dark = texture_share(thing.texture, u, v, 0.078 * size)[..., None]
+        colour = np.array(COLOURS[thing.colour], np.float32)
+        window = picture[top:bottom, left:right]
+        window += cover * (colour * (1 - 0.72 * dark) - window)
+    return (picture + 0.5).astype(np.uint8)
+
+
+def random_thing(rng, unseen=False):
+    """A thing without a place. unseen: False never gives a held-out pair, True always does."""
+    while True:
+        texture = rng.choice(TEXTURES) if rng.random() < 0.5 else "solid"
+        size = rng.choice(("small", "big")) if rng.random() < 0.5 else ""
+        thing = Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)), texture, size)
+        if thing.unseen == unseen:
+            return thing
+
+
+def holds(relation, a, b):
+    """Whether "a RELATION b" is true of two things (anything with x, y, r)."""
+    dx, dy = b.x - a.x, b.y - a.y
+    return {
+        "above": dy > abs(dx), "below": -dy > abs(dx), "left of": dx > abs(dy), "right of": -dx > abs(dy),
+        "bigger than": a.r > 1.14 * b.r, "smaller than": b.r > 1.14 * a.r,
+    }[relation]  # fmt: skip
+
+
+def place(things, relation, rng):
+    """Gives things places (and radii, by their size) so that their boxes stay apart and `relation`, if any, holds
+    between the first two. Returns the placed things. Scenes that hardly fit become a little smaller with every try."""
+    shrink = 1.0
+    while True:
+        placed = []
+        for thing in things:
+            r = SIZES[thing.size] * rng.uniform(0.96, 1.04) * shrink
+            width, height = (share * r for share in BOXES[thing.shape])
+            for _ in range(8):
+                x, y = rng.uniform(width, 1 - width), rng.uniform(height, 1 - height)
+                if all(
+                    abs(x - o.x) > width + BOXES[o.shape][0] * o.r + 0.04
+                    or abs(y - o.y) > height + BOXES[o.shape][1] * o.r + 0.04
+                    for o in placed
+                ):
+                    candidate = replace(thing, x=x, y=y, r=r)
+                    if len(placed) != 1 or relation is None or holds(relation, placed[0], candidate):
+                        placed.append(candidate)
+                        break
+            else:
+                break
+        if len(placed) == len(things):
+            return placed
+        shrink *= 0.995
+
+
+def noun(thing, size=True):
+    """"a small striped red circle"; solid and middle-sized go without saying."""
+    words = [thing.size if size else "", "" if thing.texture == "solid" else thing.texture, thing.colour, thing.shape]
+    words = " ".join(word for word in words if word)
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of",
+            "bigger than": "smaller than", "smaller than": "bigger than"}  # fmt: skip
+
+
+def describe(things, relation, rng):
+    """A caption in one of several wordings. A relation is between the first two; a third follows with "and"."""
+    names = [noun(thing, size=relation not in COMPARISONS) for thing in things]
+    if relation:
+        if rng.random() < 0.3:
+            names[:2], relation = names[1::-1], OPPOSITE[relation]
+        relation = "to the " + relation if "of" in relation and rng.random() < 0.3 else relation
+        text = f"{names[0]} {relation} {names[1]}" + (f" and {names[2]}" if names[2:] else "")
+    elif len(names) == 3:
+        text = f"{names[0]}, {names[1]} and {names[2]}"
+    else:
+        text = rng.choice([" and ", " and ", " and ", " with ", " next to "]).join(names)
+    return rng.choice(["", "", "", "", "there is ", "a picture of "]) + text
+
+
+class Shapes:
+    """Scene i is drawn from (seed, i) alone, when it is asked for. Only pairs that are not held out."""
+
+    skipped = ()
+
+    def __init__(self, size=64, count=16384, seed=0):
+        self.size = size
+        self.scenes, self.captions = [], []
+        for i in range(count):
+            rng = random.Random(f"{seed} {i}")
+            things = [random_thing(rng) for _ in range(rng.choice([1, 2, 2, 2, 3, 3]))]
+            relation = None
+            if len(things) > 1 and rng.random() < 0.55:
+                relation = rng.choice(RELATIONS if rng.random() < 0.65 else COMPARISONS)
+            if relation in COMPARISONS:  # sizes that make it true, and that the caption does not name
+                sizes = sorted(rng.sample(list(SIZES), 2), key=SIZES.get, reverse=relation == "bigger than")
+                things = [replace(thing, size=size) for thing, size in zip(things, sizes)]
+            if sum(thing.size == "big" for thing in things) == 3:
+                things[2] = replace(things[2], size="small")  # three big ones hardly fit
+            self.captions.append(describe(things, relation, rng))
+            background = rng.choice(BACKGROUNDS)
+            self.scenes.append((place(things, relation, rng), background))
+
+    def pictures(self, indices):
+        pictures = np.stack([draw(*self.scenes[i], self.size) for i in indices])
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def open_picture(path, size):
+    """Any picture file → (size, size, 3) uint8: EXIF rotation applied, transparency on white, 16 bits to 8, scaled so
+    that the shorter side fits and cropped at the centre. ValueError with the reason if it cannot be used."""
+    try:
+        with Image.open(path) as image:
+            if min(image.size) < 8:
+                raise ValueError(f"only {image.width}×{image.height} pixels")
+            if image.width * image.height > 100_000_000 or max(image.size) > 12 * min(image.size):
+                raise ValueError(f"{image.width}×{image.height} pixels: too large, or too long and narrow")
+            image.draft("RGB", (2 * size, 2 * size))  # a JPEG is then decoded at a lower resolution
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+            return np.asarray(image)
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, … on damaged files
+        raise ValueError(f"not a whole picture ({error})") from None
+
+
+def read_captions(folder):
+    """Yields (picture path, caption or ValueError) for a folder, in the order of names."""
+    listing = folder / "captions.jsonl"
+    if listing.exists():
+        for number, line in enumerate(listing.read_bytes().splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                yield folder / entry["file"], str(entry["caption"])
+            except (ValueError, KeyError, TypeError) as error:
+                yield f"{listing}, line {number}", ValueError(f'not {{"file": …, "caption": …}} in UTF-8 ({error})')
+        return
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in PICTURES:
+            try:
+                yield path, path.with_suffix(".txt").read_text(encoding="utf-8")
+            except FileNotFoundError:
+                yield path, ValueError(f"no caption: {path.with_suffix('.txt').name} is missing")
+            except UnicodeDecodeError:
+                yield path, ValueError(f"{path.with_suffix('.txt').name} is not UTF-8")
+
+
+class Folder:
+    """A folder of pictures with captions, read into memory (3·S² bytes a picture). What cannot be used is left out and
+    listed in `skipped` as (path, reason). ValueError if the folder is missing or nothing in it can be used."""
+
+    def __init__(self, folder, size=64):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"--data {folder}: there is no such folder (or use --data shapes)")
+        self.size, self.captions, self.skipped, pictures = size, [], [], []
+        for path, caption in tqdm(list(read_captions(folder)), desc=f"reading {folder}", disable=None, leave=False):
+            try:
+                if isinstance(caption, ValueError):
+                    raise caption
+                caption = " ".join(caption.split())
+                if not caption:
+                    raise ValueError("the caption is empty")
+                pictures.append(open_picture(path, size))
+                self.captions.append(caption)
+            except ValueError as reason:
+                self.skipped.append((path, str(reason)))
+        if not pictures:
+            reasons = "".join(f"\n  {path}: {reason}" for path, reason in self.skipped[:5])
+            raise ValueError(
+                f"--data {folder}: no usable picture with a caption. Put NAME.png (or jpg, webp) beside NAME.txt, "
+                f'or write a captions.jsonl with lines {{"file": "NAME.png", "caption": "…"}}.{reasons}'
+            )
+        self.array = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (N, 3, S, S)
+
+    def pictures(self, indices):
+        return self.array[torch.as_tensor(indices)]
+
+
+def load(data, size, seed=0):
+    """The data set that --data names: "shapes" or a folder."""
+    return Shapes(size, seed=seed) if data == "shapes" else Folder(data, size)
+
+
+# ------------------------------------------------------------------------------------------------------------ emoji
+
+FONTS = (
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
+)
+
+
+def make_emoji(folder, font_path=None, size=128):
+    """Draws every single-character emoji that the font has into `folder`, NAME.png with its Unicode name in NAME.txt.
+    Returns how many. ValueError if no font is found."""
+    path = next((p for p in ([font_path] if font_path else FONTS) if Path(p).exists()), None)
+    if path is None:
+        raise ValueError(f"no font at {font_path or FONTS[0]}. On Debian: apt-get install fonts-noto-color-emoji")
+    font = ImageFont.truetype(path, 109)  # the one size that this bitmap font holds
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = font.getmask("\uffff", mode="RGBA").getbbox()
+    count = 0
+    for code in [*range(0x203C, 0x3300), *range(0x1F000, 0x1FB00)]:
+        name = unicodedata.name(chr(code), "").lower()
+        if not name or name.startswith("emoji modifier") or "regional indicator" in name:
+            continue
+        image = Image.new("RGBA", (136, 128), "white")
+        ImageDraw.Draw(image).text((0, 0), chr(code), font=font, embedded_color=True)
+        box = ImageOps.invert(image.convert("L")).getbbox()
+        colourful = np.ptp(np.asarray(image.convert("RGB"), int), axis=2).max() > 0
+        if box is None or font.getmask(chr(code), mode="RGBA").getbbox() == missing or not colourful and code < 0x2600:
+            continue
+        stem = f"{code:05x}"
+        ImageOps.pad(image.convert("RGB"), (size, size), color="white").save(folder / f"{stem}.png")
+        (folder / f"{stem}.txt").write_text(name + "\n", encoding="utf-8")
+        count += 1
+    return count
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4) or sys.argv[1] != "emoji":
+        sys.exit("usage: python data.py emoji FOLDER [FONT.ttf]")
+    try:
+        print(f"{make_emoji(*sys.argv[2:])} emoji with captions in {sys.argv[2]}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")

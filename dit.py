@@ -1,0 +1,208 @@
+"""GenTron's diffusion transformer (arXiv 2312.04557, section 3; DiT, arXiv 2212.09748).
+
+A noisy latent is cut into P×P patches, each patch becomes a token, a stack of blocks lets the tokens look at each
+other and at the text, and a linear layer turns every token back into a patch:
+
+    x (B, C, h, w) → patchify → tokens (B, N, D) → blocks → unpatchify → (B, C, h, w)
+
+Every block is written x ← x + gate · branch(adaLN(x)), with shift, scale and gate computed from c, which holds the
+time and the pooled condition. Gates start at zero (adaLN-Zero), so a new block is the identity.
+
+Letters: B batch, N image tokens, L text tokens, D width, H heads, C latent channels, P patch, E text width;
+x noisy latent, t timestep, c the adaLN vector.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from attention import MultiHeadAttention
+from conditioning import LabelCondition, TextCondition, modulate
+
+# (depth, width, heads, patch). S to XL are DiT's; G is the paper's (Table 1), its heads are not stated: ours.
+# mini is ours, for a laptop.
+SIZES = {
+    "mini": (6, 192, 4, 2),
+    "S": (12, 384, 6, 2),
+    "B": (12, 768, 12, 2),
+    "L": (24, 1024, 16, 2),
+    "XL": (28, 1152, 16, 2),
+    "G": (48, 1664, 16, 2),
+}
+
+
+@dataclass
+class ModelConfig:
+    """All that is needed to rebuild the model; saved in every checkpoint. `ModelConfig.of("XL", …)` starts from a size."""
+
+    depth: int = 6
+    width: int = 192
+    heads: int = 4
+    patch: int = 2
+    mlp_ratio: int = 4
+    channels: int = 4  # C of the latent
+    out_channels: int = 4  # C, or 2 C where the variance is learned too
+    integration: str = "cross"  # adaln, cross, or class
+    text_width: int = 192  # E of the text encoder
+    null_tokens: int = 1
+    classes: int = 0  # for integration "class"
+    qk_norm: bool = False
+
+    @classmethod
+    def of(cls, size, **changes):
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+        depth, width, heads, patch = SIZES[size]
+        return cls(**dict(depth=depth, width=width, heads=heads, patch=patch) | changes)
+
+
+def patchify(x, patch):
+    """(B, C, h, w) → (B, N, P·P·C) with N = (h/P)·(w/P), row by row. Pure reshape. ValueError if P does not divide."""
+    B, C, h, w = x.shape
+    if h % patch or w % patch:
+        raise ValueError(f"a latent of {h}×{w} cannot be cut into patches of {patch}×{patch}")
+    x = x.reshape(B, C, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)  # (B, N, P·P·C)
+
+
+def unpatchify(x, patch, h, w):
+    """The way back: (B, N, P·P·C) → (B, C, h, w)."""
+    B = x.shape[0]
+    x = x.reshape(B, h // patch, w // patch, patch, patch, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h, w)  # (B, C, h, w)
+
+
+def sincos(position, width):
+    """Sinusoids of a position (Vaswani et al. 2017): position (…) → (…, width), half sines, half cosines.
+    width must be even. The frequencies fall from 1 to 1/10000."""
+    frequency = torch.exp(-torch.arange(width // 2, device=position.device) / (width // 2) * 9.210340371976184)
+    angle = position[..., None].float() * frequency  # (…, width/2)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def position_embedding(rows, columns, width, device=None):
+    """Fixed 2D sin-cos positions for a grid of any height and width: half the channels tell the column, half the row.
+    Returns (rows·columns, D), in the order of patchify. width must be divisible by 4."""
+    row, column = torch.meshgrid(
+        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+    )
+    grid = torch.cat([sincos(column, width // 2), sincos(row, width // 2)], dim=-1)  # (rows, columns, D)
+    return grid.flatten(0, 1)  # (N, D)
+
+
+class TimestepEmbedding(nn.Module):
+    """t (B,) → (B, D): sinusoids (256 of them, cosines first, as in DiT), then a small MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        wave = sincos(t, 256).roll(128, dims=-1)  # (B, 256)
+        return self.mlp(wave.to(self.mlp[0].weight.dtype))  # (B, D)
+
+
+class MLP(nn.Sequential):
+    """D → ratio·D → D with GELU (tanh form, as in DiT)."""
+
+    def __init__(self, width, ratio):
+        super().__init__(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width))
+
+
+class Block(nn.Module):
+    """Self-attention → cross-attention → MLP. Self-attention and MLP are modulated by c; cross-attention is a plain
+    pre-norm residual branch (its placement and the lack of a gate follow PixArt-α; the paper does not say)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.width
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.self_attention = MultiHeadAttention(D, config.heads, qk_norm=config.qk_norm)
+        self.cross_attention = None
+        if config.integration == "cross":
+            self.norm_cross = nn.LayerNorm(D, eps=1e-6)
+            self.cross_attention = MultiHeadAttention(D, config.heads, config.text_width, config.qk_norm)
+        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(D, config.mlp_ratio)
+
+    def forward(self, x, c, text, mask):
+        """x (B, N, D), c (B, D), text (B, L, E), mask (B, L) True = attend → (B, N, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # (B, 1, D) each
+        x = x + gate1 * self.self_attention(modulate(self.norm1(x), shift1, scale1))  # (B, N, D)
+        if self.cross_attention is not None:
+            x = x + self.cross_attention(self.norm_cross(x), text, mask[:, None, None, :])  # (B, N, D)
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, N, D)
+        return x
+
+
+class FinalLayer(nn.Module):
+    """adaLN and the linear decoder: tokens (B, N, D) → patches (B, N, P·P·C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(config.width, config.patch**2 * config.out_channels)
+
+    def forward(self, x, c):
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        return self.linear(modulate(self.norm(x), shift, scale))  # (B, N, P·P·C)
+
+
+class GenTron(nn.Module):
+    """The diffusion transformer. The output means what diffusion.py's target says: noise, velocity or x0."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Linear(config.patch**2 * config.channels, config.width)
+        self.time = TimestepEmbedding(config.width)
+        if config.integration == "class":
+            self.condition = LabelCondition(config.classes, config.width)
+        elif config.integration in ("adaln", "cross"):
+            self.condition = TextCondition(config.text_width, config.width, config.null_tokens)
+        else:
+            raise ValueError(f"integration {config.integration!r} is not one of adaln, cross, class")
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final = FinalLayer(config)
+        initialise(self)
+
+    def forward(self, x, t, text, mask=None, dropped=None):
+        """The network's output for a batch.
+
+        x (B, C, h, w) noisy latent; t (B,) timesteps; text (B, L, E) encoded captions with mask (B, L), True = word,
+        or labels (B,) when integration is "class"; dropped (B,) booleans, True = use the null condition instead.
+        Returns (B, out_channels, h, w). ValueError if the patch does not divide h and w.
+        """
+        patch, (h, w) = self.config.patch, x.shape[-2:]
+        if dropped is None:
+            dropped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        text, mask, pooled = self.condition(text, mask, dropped)  # (B, L, E), (B, L), (B, D)
+        c = self.time(t) + pooled  # (B, D)
+        x = self.patch_embedding(patchify(x, patch))  # (B, N, D)
+        x = x + position_embedding(h // patch, w // patch, self.config.width, x.device).to(x.dtype)  # (B, N, D)
+        for block in self.blocks:
+            x = block(x, c, text, mask)  # (B, N, D)
+        return unpatchify(self.final(x, c), patch, h, w)  # (B, C, h, w)
+
+
+@torch.no_grad()
+def initialise(model):
+    """Every starting value, with its reason."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)  # keeps the variance of activations from layer to layer
+            nn.init.zeros_(module.bias)  # no preference before data
+    for layer in (model.time.mlp[0], model.time.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02)  # DiT's: small, so that c starts near zero
+    if isinstance(model.condition, LabelCondition):
+        nn.init.normal_(model.condition.table.weight, std=0.02)  # DiT's
+    else:
+        nn.init.normal_(model.condition.null)  # a text like any other: encoders give values of order 1
+    for block in model.blocks:
+        nn.init.zeros_(block.modulation[1].weight)  # shift, scale and gate 0: the block starts as the identity
+        if block.cross_attention is not None:
+            nn.init.zeros_(block.cross_attention.out.weight)  # no gate there, so its output starts at zero instead
+    nn.init.zeros_(model.final.modulation[1].weight)
+    nn.init.zeros_(model.final.linear.weight)  # the model starts by predicting 0, the mean of noise and velocity
