@@ -22,7 +22,7 @@ from conditioning import LabelCondition, TextCondition, modulate
 # (depth, width, heads, patch). S to XL are DiT's; G is the paper's (Table 1), its heads are not stated: ours.
 # mini is ours, for a laptop.
 SIZES = {
-    "mini": (6, 192, 4, 2),
+    "mini": (6, 128, 4, 2),
     "S": (12, 384, 6, 2),
     "B": (12, 768, 12, 2),
     "L": (24, 1024, 16, 2),
@@ -36,14 +36,14 @@ class ModelConfig:
     """All that is needed to rebuild the model; saved in every checkpoint. `ModelConfig.of("XL", …)` starts from a size."""
 
     depth: int = 6
-    width: int = 192
+    width: int = 128
     heads: int = 4
     patch: int = 2
     mlp_ratio: int = 4
     channels: int = 4  # C of the latent
     out_channels: int = 4  # C, or 2 C where the variance is learned too
     integration: str = "cross"  # adaln, cross, or class
-    text_width: int = 192  # E of the text encoder
+    text_width: int = 128  # E of the text encoder
     null_tokens: int = 1
     classes: int = 0  # for integration "class"
     qk_norm: bool = False

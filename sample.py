@@ -158,6 +158,7 @@ class Config:
     checkpoint: str = ""  # a run's folder; the newest one if not given
     out: str = ""  # the file to write (samples.png), or the folder for --prompts (samples/)
     prompts: str = ""  # a text file of prompts, one a line, into numbered pictures
+    grid: bool = False  # with --prompts: one grid instead
     sampler: str = "dpm"  # dpm, ddim or ddpm
     steps: int = 16
     guidance: float = 3.0  # 1: none
@@ -192,7 +193,7 @@ def main(arguments):
             model.generate(batch, config.seed, config.sampler, config.steps, config.guidance, config.rescale, interval)
         )
     done = torch.cat(done)
-    if config.prompts:
+    if config.prompts and not config.grid:
         out = Path(config.out or "samples")
         out.mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(done):
@@ -200,7 +201,8 @@ def main(arguments):
         (out / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     else:
         out = Path(config.out or "samples.png")
-        pictures.grid(done, prompts, zoom=config.zoom).save(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pictures.grid(done, prompts, min(len(done), 6), config.zoom).save(out)
     print(f"{len(done)} picture{'s' * (len(done) > 1)} from {folder} → {out}")
 
 

@@ -22,7 +22,7 @@ class T5Config:
     """Defaults: the mini size. The published sizes differ in nothing but these numbers."""
 
     vocabulary: int = 512
-    width: int = 192
+    width: int = 128
     depth: int = 2
     heads: int = 4
     head_width: int = 48
@@ -111,10 +111,12 @@ class Tokenizer:
 
     @classmethod
     def train(cls, captions, vocabulary=4096):
-        """A unigram model of at most `vocabulary` pieces from a list of captions; the same captions give the same."""
+        """A model of at most `vocabulary` pieces from a list of captions; the same captions give the same. Pieces are
+        made by merging (BPE), so that in a small vocabulary every frequent word is one piece."""
         file = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions), model_writer=file, vocab_size=vocabulary, hard_vocab_limit=False,
+            sentence_iterator=iter(captions), model_writer=file, vocab_size=vocabulary,
+            hard_vocab_limit=False, model_type="bpe",
             pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
         )  # fmt: skip
         return cls(file.getvalue())

@@ -45,9 +45,9 @@ class Config:
     out: str = ""  # the run's folder; runs/STAGE-DATA if not given
     autoencoder: str = ""  # an autoencoder's run; runs/autoencoder-DATA if not given, trained first if missing
     steps: int = 0  # 0: the recipe's
-    batch_size: int = 64
-    optimizer: str = "muon"  # muon (for matrices, with AdamW for the rest) or adamw
-    lr: float = 3e-3
+    batch_size: int = 32
+    optimizer: str = "adamw"  # adamw, or muon (for the matrices, with AdamW for the rest)
+    lr: float = 2e-3
     warmup: int = 50  # steps of rising learning rate
     cooldown: float = 0.4  # share of the steps, at the end, in which the learning rate falls to zero
     weight_decay: float = 0.0
@@ -56,15 +56,15 @@ class Config:
     schedule: str = "cosine"  # cosine or linear
     target: str = "velocity"  # velocity, noise or x0
     learned_variance: bool = False
-    shift: float = 1.0  # above 1: more of the training at high noise
+    shift: float = 3.0  # above 1: more of the training at high noise
     qk_norm: bool = True
     caption_dropout: float = 0.1
     text_depth: int = 2  # blocks of the text encoder that trains along
     latent_channels: int = 8  # of a new autoencoder
     seed: int = 0
-    log_every: int = 20
+    log_every: int = 100
     sample_every: int = 0  # 0: four times a run
-    checkpoint_every: int = 250
+    checkpoint_every: int = 1000
     resume: bool = False
     fused: bool = True  # false: the written-out attention
     device: str = "auto"
@@ -72,11 +72,16 @@ class Config:
 
 # The paper's objective and optimizer (section 4; DiT's where it is silent).
 PAPER = dict(
-    optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear", target="noise", qk_norm=False,
+    optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear", target="noise", shift=1.0, qk_norm=False,
     batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100,
 )  # fmt: skip
-STEPS = {"autoencoder": 500, "image": 1000}  # the demo's
-AUTOENCODER = dict(batch_size=32, lr=2e-3, cooldown=0.5)
+STEPS = {"autoencoder": 400, "image": 5000}  # the demo's
+AUTOENCODER = dict(optimizer="muon", batch_size=16, lr=2e-3, cooldown=0.5)
+
+
+CHOICES = dict(
+    optimizer=("adamw", "muon"), schedule=("linear", "cosine"), target=("noise", "velocity", "x0"), integration=("cross", "adaln")
+)  # fmt: skip
 
 
 def read_flags(stage, arguments):
@@ -96,8 +101,9 @@ def read_flags(stage, arguments):
     config.out = config.out or f"runs/{stage}-{name}"
     config.autoencoder = config.autoencoder or f"runs/autoencoder-{name}"
     config.sample_every = config.sample_every or max(1, config.steps // 4)
-    if config.optimizer not in ("muon", "adamw"):
-        raise ValueError(f"--optimizer {config.optimizer}: not one of muon, adamw")
+    for field, choices in CHOICES.items():
+        if getattr(config, field) not in choices:
+            raise ValueError(f"--{field} {getattr(config, field)}: not one of {', '.join(choices)}")
     if config.image_size % 16 or config.image_size < 16:
         raise ValueError(f"--image-size {config.image_size}: must be a multiple of 16")
     for field in ("batch_size", "steps", "log_every", "checkpoint_every"):
@@ -311,6 +317,8 @@ def train_autoencoder(config, dataset=None):
 
     def batch(indices):
         return from_bytes(dataset.pictures(indices)).to(device)
+
+    model.start_from(batch(batch_indices(0, len(dataset.captions), 512, config.seed)))
 
     check = data.load("shapes", config.image_size, config.seed + 1) if config.data == "shapes" else dataset
     check = from_bytes(check.pictures(range(min(256, len(check.captions))))).to(device)  # a folder's own pictures

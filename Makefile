@@ -1,0 +1,26 @@
+# make demo: from nothing to pictures of what the prompt says.  make test: the tests.  Each sets itself up.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test clean
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	.venv/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: .venv/installed
+	$(PY) train.py autoencoder
+	$(PY) train.py image
+	$(PY) sample.py --checkpoint runs/image-shapes --prompts demo.txt --grid --out runs/demo.png
+	$(PY) evaluate.py --checkpoint runs/image-shapes --json runs/demo.json
+
+test: .venv/installed-dev
+	$(PY) -m pytest -q tests
+
+clean:
+	rm -rf .venv runs

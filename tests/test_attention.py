@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+import attention
+from attention import MultiHeadAttention, fused_attention, written_out_attention
+
+
+def tensors(dtype=torch.float64):
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=dtype, requires_grad=True) for n in (5, 7, 7))
+    return q, k, v
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_equals_written_out_in_value_and_gradient(masked):
+    q, k, v = tensors()
+    mask = torch.rand(2, 1, 5, 7) > 0.4 if masked else None
+    if masked:
+        mask[0, 0, 2] = False  # a query that may attend nothing
+    results = []
+    for function in (fused_attention, written_out_attention):
+        out = function(q, k, v, mask)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_written_out_is_the_equation():
+    """One query, two keys, by hand: weights softmax(1/sqrt(2), 0)."""
+    q = torch.tensor([[[[1.0, 0.0]]]])
+    k = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+    v = torch.tensor([[[[1.0], [0.0]]]])
+    expected = torch.exp(torch.tensor(0.5**0.5)) / (1 + torch.exp(torch.tensor(0.5**0.5)))
+    torch.testing.assert_close(written_out_attention(q, k, v).squeeze(), expected)
+
+
+@pytest.mark.parametrize("function", [fused_attention, written_out_attention])
+def test_true_means_attend(function):
+    q, k, v = tensors()
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    mask[:, 3] = True
+    torch.testing.assert_close(function(q, k, v, mask), v[:, :, 3:4].expand(-1, -1, 5, -1))
+    nothing = function(q, k, v, torch.zeros(5, 7, dtype=torch.bool))
+    assert (nothing == 0).all()
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_layer_equals_torch_multi_head(qk_norm):
+    """Against torch's own layer with the same weights (without QK-norm, which it lacks); with it, both paths agree."""
+    layer = MultiHeadAttention(12, 3, qk_norm=qk_norm).double()
+    x = torch.randn(2, 6, 12, dtype=torch.float64)
+    mask = torch.rand(2, 6) > 0.3
+    mask[:, 0] = True
+    ours = layer(x, mask=mask[:, None, None, :])
+    if qk_norm:
+        attention.FUSED = False
+        try:
+            torch.testing.assert_close(ours, layer(x, mask=mask[:, None, None, :]))
+        finally:
+            attention.FUSED = True
+        return
+    theirs = torch.nn.MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([layer.q.weight, layer.k.weight, layer.v.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([layer.q.bias, layer.k.bias, layer.v.bias]))
+        theirs.out_proj.load_state_dict(layer.out.state_dict())
+    torch.testing.assert_close(ours, theirs(x, x, x, key_padding_mask=~mask)[0])
+
+
+def test_width_must_divide():
+    with pytest.raises(ValueError, match="10 is not divisible by 3"):
+        MultiHeadAttention(10, 3)

@@ -1,0 +1,130 @@
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+
+@pytest.mark.parametrize("shape", data.SHAPES)
+def test_shapes_have_equal_area_true_distance_and_their_box(shape):
+    axis = np.linspace(-2, 2, 801)
+    x, y = np.meshgrid(axis, axis)
+    d = data.distance(shape, x, y)
+    assert (d < 0).mean() * 16 == pytest.approx(np.pi, rel=0.01)
+    edge = abs(d) < 0.03
+    slope = np.hypot(*np.gradient(d, axis, axis))[edge]
+    assert np.median(slope) == pytest.approx(1, abs=0.02)  # the edge is one pixel wide at any size
+    width, height = data.BOXES[shape]
+    for extent, coordinate in ((width, x), (height, y)):
+        assert abs(coordinate[d < 0]).max() == pytest.approx(extent, abs=0.02)
+        if (shape, extent) != ("star", height):  # a star's box reaches as far down as its point does up
+            assert coordinate[d < 0].max() == pytest.approx(-coordinate[d < 0].min(), abs=0.02)
+
+
+def test_scenes_are_true_to_their_captions_and_inside_the_picture():
+    shapes = data.Shapes(count=400, seed=3)
+    assert shapes.captions == data.Shapes(count=400, seed=3).captions
+    for (things, _), caption in zip(shapes.scenes, shapes.captions):
+        for relation in (*data.RELATIONS, *data.COMPARISONS):
+            if f" {relation} " in caption:
+                # the caption may name them in either order
+                names = [data.noun(thing, size=relation not in data.COMPARISONS) for thing in things[:2]]
+                a, b = things[:2] if caption.index(names[0]) <= caption.index(names[1]) else things[1::-1]
+                assert names[0] == names[1] or data.holds(relation, a, b), caption
+        for thing in things:
+            width, height = (share * thing.r for share in data.BOXES[thing.shape])
+            assert width <= thing.x <= 1 - width and height <= thing.y <= 1 - height
+            assert thing.colour in caption and thing.shape in caption and not thing.unseen
+
+
+def test_pictures_scale_with_size():
+    small = data.Shapes(64, count=4).pictures([1, 2]).float()
+    big = data.Shapes(256, count=4).pictures([1, 2]).float()
+    assert small.shape == (2, 3, 64, 64)
+    assert (torch.nn.functional.avg_pool2d(big, 4) - small).abs().mean() < 3
+
+
+def save(folder, name, image, caption="a thing", **options):
+    image.save(folder / name, **options)
+    (folder / name).with_suffix(".txt").write_text(caption)
+
+
+def red(mode="RGB", size=(40, 30)):
+    return Image.new("RGB", size, (250, 0, 0)).convert(mode)
+
+
+def test_every_usable_kind_of_picture_is_read(tmp_path):
+    save(tmp_path, "rgb.png", red())
+    save(tmp_path, "palette.png", red("P"))
+    save(tmp_path, "grey.png", red("L"))
+    save(tmp_path, "cmyk.jpg", red("CMYK"))
+    save(tmp_path, "web.webp", red())
+    clear = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    save(tmp_path, "clear.png", clear)
+    save(tmp_path, "deep.png", Image.fromarray(np.full((40, 40), 40000, np.uint16)))
+    turned = Image.new("RGB", (60, 30), "white")
+    turned.paste((250, 0, 0), (0, 0, 20, 30))  # red on the left; the tag says: turn by 90° to the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path, "turned.jpg", turned, exif=exif)
+    folder = data.Folder(tmp_path, 16)
+    assert not folder.skipped and len(folder.captions) == 8
+    names = sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".txt")
+    pictures = dict(zip(names, folder.pictures(range(8))))
+    for name in ("rgb.png", "palette.png", "cmyk.jpg", "web.webp"):
+        assert pictures[name][0].float().mean() > 220 and pictures[name][1].float().mean() < 40, name
+    assert (pictures["clear.png"] == 255).all()  # transparency lies on white
+    assert abs(pictures["deep.png"].float().mean() - 155.6) < 2
+    assert pictures["turned.jpg"][1, 0].float().mean() < pictures["turned.jpg"][1, -1].float().mean() - 50  # red above
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
+    save(tmp_path, "good.png", red(), "  a   red\nthing ")
+    save(tmp_path, "tiny.png", red(size=(1, 1)))
+    save(tmp_path, "wide.png", red(size=(20000, 10)))
+    save(tmp_path, "empty caption.png", red(), " \n")
+    red().save(tmp_path / "no caption.png")
+    save(tmp_path, "latin.png", red())
+    (tmp_path / "latin.txt").write_bytes("Äpfel".encode("latin-1"))
+    save(tmp_path, "zero.png", red())
+    (tmp_path / "zero.png").write_bytes(b"")
+    save(tmp_path, "cut.jpg", Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:700])
+    save(tmp_path, "long.png", red(), "red " * 5000)
+    folder = data.Folder(tmp_path, 16)
+    assert folder.captions[0] == "a red thing" and len(folder.captions) == 2
+    reasons = {path.name: reason for path, reason in folder.skipped}
+    expected = {
+        "tiny.png": "1×1", "wide.png": "20000×10", "empty caption.png": "empty", "no caption.png": "no caption.txt",
+        "latin.png": "UTF-8", "zero.png": "not a whole picture", "cut.jpg": "not a whole picture",
+    }  # fmt: skip
+    assert set(reasons) == set(expected)
+    for name, words in expected.items():
+        assert words.replace("no caption.txt", "is missing") in reasons[name]
+
+
+def test_one_listing_for_all(tmp_path):
+    red().save(tmp_path / "a.png")
+    lines = [json.dumps(dict(file="a.png", caption="red")), "{broken", json.dumps(dict(file="b.png", caption="gone"))]
+    (tmp_path / "captions.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
+    folder = data.Folder(tmp_path, 16)
+    assert folder.captions == ["red"]
+    assert [str(path).rsplit("/", 1)[-1] for path, _ in folder.skipped] == [
+        "captions.jsonl, line 2", "b.png", "captions.jsonl, line 4",
+    ]  # fmt: skip
+
+
+def test_nothing_usable(tmp_path):
+    with pytest.raises(ValueError, match="no usable picture"):
+        data.Folder(tmp_path)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        data.Folder(tmp_path / "gone")
+
+
+def test_a_missing_font_is_said(tmp_path):
+    with pytest.raises(ValueError, match="fonts-noto-color-emoji"):
+        data.make_emoji(tmp_path, "/no/such/font.ttf")

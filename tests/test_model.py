@@ -1,0 +1,155 @@
+import pytest
+import torch
+
+import dit
+from conditioning import TextCondition, masked_mean
+from dit import GenTron, ModelConfig, patchify, position_embedding, sincos, unpatchify
+
+SMALL = dict(depth=2, width=24, heads=3, channels=3, out_channels=3, text_width=10, qk_norm=True)
+
+
+def small(**changes):
+    return GenTron(ModelConfig(**SMALL | changes)).double()
+
+
+def inputs(batch=3, length=5, width=10, height=8, columns=8):
+    x = torch.randn(batch, 3, height, columns, dtype=torch.float64)
+    t = torch.tensor([5, 500, 999])[:batch]
+    text = torch.randn(batch, length, width, dtype=torch.float64)
+    mask = torch.arange(length) < torch.tensor([[length], [2], [3]])[:batch]
+    return x, t, text, mask
+
+
+@torch.no_grad()
+def shake(model):
+    """Moves every parameter off its initial value, so that no branch is silent."""
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def test_patchify_by_hand_and_back():
+    x = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
+    tokens = patchify(x, 2)
+    assert tokens.shape == (2, 6, 12)
+    # the second token is rows 0-1, columns 2-3; its first three numbers are the three channels of its first pixel
+    assert tokens[1, 1, :3].tolist() == x[1, :, 0, 2].tolist() and tokens[1, 3, :3].tolist() == x[1, :, 2, 0].tolist()
+    assert torch.equal(unpatchify(tokens, 2, 4, 6), x)
+    with pytest.raises(ValueError, match="5×6"):
+        patchify(torch.zeros(1, 3, 5, 6), 2)
+
+
+def test_positions_are_sinusoids_of_column_and_row():
+    table = position_embedding(3, 5, 16)
+    assert table.shape == (15, 16)
+    i = 2 * 5 + 4  # row 2, column 4
+    for k in range(4):
+        w = 10000 ** (-k / 4)
+        expected = [torch.tensor(f(p * w)) for p in (4, 2) for f in (__import__("math").sin, __import__("math").cos)]
+        got = table[i, [k, 4 + k, 8 + k, 12 + k]]
+        torch.testing.assert_close(got, torch.stack(expected).float())
+    assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.05  # no two places look alike
+
+
+def test_output_is_zero_at_the_start_and_every_branch_moves_within_two_steps():
+    model = small()
+    x, t, text, mask = inputs()
+    dropped = torch.tensor([False, True, False])
+    assert (model(x, t, text, mask, dropped) == 0).all()
+    moved = set()
+    target = torch.randn_like(x)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        (model(x, t, text, mask, dropped) - target).square().mean().backward()
+        moved |= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        optimizer.step()
+        optimizer.zero_grad()
+    silent = {name for name, _ in model.named_parameters()} - moved
+    # a bias that adds the same to all keys cannot change a softmax, but under QK-norm it does
+    assert not silent, silent
+    zeros = [n for n, p in small().named_parameters() if p.dim() > 1 and not p.any()]
+    assert len(zeros) == 2 + 2 + 2  # two blocks: adaLN and cross-attention's output; the final layer's two
+
+
+@pytest.mark.parametrize("integration", ["cross", "adaln"])
+def test_padding_changes_nothing(integration):
+    model = shake(small(integration=integration))
+    x, t, text, mask = inputs()
+    before = model(x, t, text, mask)
+    garbage = torch.where(mask[..., None], text, 1e3 * torch.randn_like(text))
+    longer = torch.cat([garbage, 1e3 * torch.randn(3, 4, 10, dtype=torch.float64)], 1)
+    longer_mask = torch.cat([mask, torch.zeros(3, 4, dtype=torch.bool)], 1)
+    torch.testing.assert_close(model(x, t, longer, longer_mask), before, rtol=0, atol=1e-6)
+    changed = text.clone()
+    changed[1, 1] += 1  # a word, not padding
+    assert (model(x, t, changed, mask) - before)[1].abs().max() > 1e-4
+    assert torch.equal((model(x, t, changed, mask) - before)[0], torch.zeros_like(x[0]))
+
+
+@pytest.mark.parametrize("null_tokens", [1, 7])
+def test_dropped_rows_see_the_null_text_and_nothing_of_the_caption(null_tokens):
+    model = shake(small(null_tokens=null_tokens))
+    x, t, text, mask = inputs()
+    dropped = torch.tensor([False, True, True])
+    out = model(x, t, text, mask, dropped)
+    other = model(x, t, torch.randn_like(text), ~mask, dropped)
+    torch.testing.assert_close(out[1:], other[1:])
+    assert (out[0] - other[0]).abs().max() > 1e-4
+    # and it is exactly as if the null tokens had been given as a caption
+    null = model.condition.null.detach().expand(3, -1, -1)
+    as_text = model(x, t, null, torch.ones(3, null_tokens, dtype=torch.bool))
+    torch.testing.assert_close(out[1:], as_text[1:])
+
+
+def test_masked_mean_by_hand():
+    text = torch.tensor([[[2.0], [4.0], [100.0]], [[1.0], [5.0], [9.0]]])
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    assert masked_mean(text, mask).tolist() == [[3.0], [0.0]]
+
+
+def test_class_labels_take_the_place_of_text():
+    """DiT: changing the label changes the picture; a dropped label is the last row of the table."""
+    model = shake(small(integration="class", classes=4))
+    x, t, *_ = inputs()
+    labels = torch.tensor([0, 1, 3])
+    out = model(x, t, labels)
+    assert (out - model(x, t, torch.tensor([0, 2, 3])))[1].abs().max() > 1e-6
+    no = torch.ones(3, dtype=torch.bool)
+    torch.testing.assert_close(model(x, t, labels, dropped=no), model(x, t, torch.full((3,), 4)))
+    assert not any("cross" in name for name, _ in model.named_parameters())
+
+
+def test_any_grid_that_the_patch_divides():
+    model = shake(small())
+    _, t, text, mask = inputs()
+    assert model(torch.randn(3, 3, 4, 10, dtype=torch.float64), t, text, mask).shape == (3, 3, 4, 10)
+
+
+def test_samples_do_not_see_each_other():
+    model = shake(small())
+    x, t, text, mask = inputs()
+    whole = model(x, t, text, mask)
+    alone = model(x[1:2], t[1:2], text[1:2], mask[1:2])
+    torch.testing.assert_close(whole[1:2], alone)
+
+
+def test_sizes():
+    """DiT's published sizes, by the label-conditional model's count: 32.96M for S/2 and 675.1M for XL/2 with learned
+    variance (DiT, table 4: 33M and 675M)."""
+    for size, count in (("S", 32.96e6), ("XL", 675.13e6)):
+        with torch.device("meta"):
+            config = ModelConfig.of(size, integration="class", classes=1000, out_channels=8)
+            model = GenTron(config)
+        positions = 256 * config.width  # DiT counts its table of fixed positions; here it is computed
+        assert sum(p.numel() for p in model.parameters()) + positions == pytest.approx(count, rel=5e-4)
+    with pytest.raises(ValueError, match="'huge' is not one of mini, S"):
+        ModelConfig.of("huge")
+    with pytest.raises(ValueError, match="integration 'none'"):
+        GenTron(ModelConfig(integration="none"))
+
+
+def test_timestep_waves_are_DiTs():
+    t = torch.tensor([3.0, 700.0])
+    half = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
+    expected = torch.cat([torch.cos(t[:, None] * half), torch.sin(t[:, None] * half)], -1)
+    torch.testing.assert_close(sincos(t, 256).roll(128, -1), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,133 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from autoencoder import Autoencoder, AutoencoderConfig, check_scale
+from sample import TextToImage
+from text_encoders import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+CAPTIONS = ["a red circle above a blue square", "a small green cross", "a big pink star"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny model with random weights, saved as a run leaves it."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(CAPTIONS)
+    config = dict(
+        model=dict(depth=2, width=24, heads=2, channels=4, out_channels=4, text_width=16),
+        text=dict(vocabulary=len(tokenizer), width=16, depth=1, heads=2, head_width=8, mlp_width=16),
+        autoencoder=dict(channels=4, width=16, depth=1), diffusion=dict(schedule="cosine", target="velocity"),
+        image_size=32, words=sorted({w for c in CAPTIONS for w in c.split()}), flags=dict(data="shapes"),
+    )  # fmt: skip
+    model = TextToImage(config, tokenizer)
+    with torch.no_grad():
+        for p in model.transformer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save(folder / "model.safetensors")
+    return folder
+
+
+def test_saved_and_loaded_is_the_same(run):
+    model = TextToImage.load(run)
+    again = TextToImage.load(run / "model.safetensors")
+    assert torch.equal(model.generate(CAPTIONS, steps=3), again.generate(CAPTIONS, steps=3))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_a_picture_depends_on_prompt_and_seed_alone(run, sampler):
+    model = TextToImage.load(run)
+    together = model.generate(CAPTIONS, seed=3, sampler=sampler, steps=4).int()
+    alone = model.generate(CAPTIONS[1:2], seed=3, sampler=sampler, steps=4).int()
+    assert (together[1:2] - alone).abs().max() <= 1  # rounding of the last bit at most
+    assert (together[1:2] - model.generate(CAPTIONS[1:2], seed=4, sampler=sampler, steps=4).int()).abs().max() > 5
+    assert (together[0] - together[1]).abs().max() > 5
+
+
+def test_null_text_of_training_and_sampling_is_one_object(run):
+    """With guidance 0 only the null pass counts: the prompt's words, its length included, must leave no trace; and a
+    change of the one null parameter changes both what training with a dropped caption and what sampling sees."""
+    model = TextToImage.load(run)
+    tokens, mask = model.tokenizer(CAPTIONS[:1])
+    x, t, dropped = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.tensor([True])
+    trained = model(x, t, tokens, mask, dropped)
+    sampled = sample.guided(
+        model.transformer,
+        dict(text=model.text_encoder(tokens, mask), mask=mask, dropped=~dropped),
+        dict(text=model.text_encoder(tokens, mask), mask=mask, dropped=dropped), 0.0,
+    )  # fmt: skip
+    torch.testing.assert_close(sampled(x, t), trained)
+    with torch.no_grad():
+        model.transformer.condition.null.add_(1.0)
+    changed = model(x, t, tokens, mask, dropped)
+    assert (changed - trained).abs().max() > 1e-4
+    torch.testing.assert_close(sampled(x, t), changed)
+    assert [name for name, _ in model.named_parameters() if "null" in name] == ["transformer.condition.null"]
+
+
+def test_commands(run, tmp_path):
+    def call(*arguments, code=0):
+        result = subprocess.run(
+            [sys.executable, ROOT / "sample.py", *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr
+        return result
+
+    common = ["--checkpoint", run, "--steps", 2]
+    result = call("a red circle", "a zebra", *common, "--zoom", 1)
+    assert 'in "a zebra" no training caption had: zebra' in result.stderr
+    assert Image.open(tmp_path / "samples.png").width == 2 * 32 + 12
+    (tmp_path / "list.txt").write_text("a red circle\n\na star\n")
+    call("--prompts", "list.txt", "--out", "many", *common)
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["000000.png", "000001.png", "prompts.txt"]
+    first = np.asarray(Image.open(tmp_path / "many" / "000000.png")).astype(int)
+    model = TextToImage.load(run)
+    assert abs(first - model.generate(["a red circle"], steps=2)[0].permute(1, 2, 0).numpy()).max() <= 1
+    for arguments, message in (
+        (["a star", "--sampler", "euler", *common], "sampler 'euler' is not one of ddpm, ddim, dpm"),
+        (["a star", "--checkpoint", run, "--steps", 2000], "2000 sampling steps asked for, 1 to 1000 are possible"),
+        (["a star", "--guidence", 3], "did you mean --guidance?"),
+        ([], "no prompt"),
+        (["  "], "no prompt"),
+        (["a star"], "no run found in runs/"),
+        (["a star", "--checkpoint", "nowhere"], "no model.safetensors in nowhere"),
+        (["--prompts", "gone.txt", *common], "gone.txt"),
+    ):
+        result = call(*arguments, code=1)
+        assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_autoencoder_shapes_scale_and_warning():
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderConfig(4, 16, 1))
+    images = torch.rand(64, 3, 32, 48) * 2 - 1
+    model.calibrate(images)
+    latents = model.encode(images)
+    assert latents.shape == (64, 4, 4, 6) and model.decode(latents).shape == images.shape
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    check_scale(latents)
+    with pytest.warns(UserWarning, match="mean 3.00 and standard deviation"):
+        check_scale(latents + 3)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        model.encode(torch.zeros(1, 3, 30, 32))
+
+
+def test_kl_is_that_of_two_gaussians():
+    model = Autoencoder(AutoencoderConfig(4, 16, 1)).double()
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    with_kl, without = (model.loss(images, noise, kl_weight=w)[0] for w in (1.0, 0.0))
+    mean, log_variance = model.moments(images)
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
+    torch.testing.assert_close(with_kl - without, kl)
