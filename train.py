@@ -199,7 +199,11 @@ def fit(config, model, batch_loss, preview, save):
     checkpoint = folder / "checkpoint.pt"
     if config.resume:
         first = load_checkpoint(checkpoint, config, trained, ema, optimizers)
-    log, rate, flops = Log(folder, first), matmul_rate(device), None
+    log, rate = Log(folder, first), matmul_rate(device)
+    with FlopCounterMode(display=False) as counter:  # on a step of its own: counting may change the last bits of a result
+        batch_loss(first, torch.Generator().manual_seed(0))[0].mean().backward()
+    flops = counter.get_total_flops()
+    model.zero_grad(set_to_none=True)
     count = sum(p.numel() for p in trained.values())
     print(f"{folder}: {count / 1e6:.1f}M trained parameters on {device}, steps {first}…{config.steps}")
 
@@ -219,14 +223,8 @@ def fit(config, model, batch_loss, preview, save):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * learning_rate(config, step)
-            if flops is None:  # counted on the first step, which is otherwise like all others
-                with FlopCounterMode(display=False) as counter:
-                    loss, share = batch_loss(step, generator)
-                    loss.mean().backward()
-                flops, since, begin = counter.get_total_flops(), time.perf_counter(), step + 1
-            else:
-                loss, share = batch_loss(step, generator)
-                loss.mean().backward()
+            loss, share = batch_loss(step, generator)
+            loss.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip)
             for optimizer in optimizers:
                 optimizer.step()

@@ -56,7 +56,7 @@ def test_a_run_leaves_what_it_says(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch, optimizer):
-    image(folder, tmp_path / "whole", "--optimizer", optimizer)
+    image(folder, tmp_path / "whole", "--optimizer", optimizer, "--log-every", "1")
     real, calls = torch.nn.utils.clip_grad_norm_, []
 
     def interrupted(*args):
@@ -67,9 +67,9 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(folder, tmp_
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
     with pytest.raises(SystemExit):
-        image(folder, tmp_path / "parts", "--optimizer", optimizer)
+        image(folder, tmp_path / "parts", "--optimizer", optimizer, "--log-every", "1")
     monkeypatch.undo()
-    image(folder, tmp_path / "parts", "--optimizer", optimizer, "--resume")
+    image(folder, tmp_path / "parts", "--optimizer", optimizer, "--log-every", "1", "--resume")
     whole, parts = (weights.read(tmp_path / name / "model.safetensors")[0] for name in ("whole", "parts"))
     assert set(whole) == set(parts) and all(torch.equal(whole[name], parts[name]) for name in whole)
     whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
