@@ -109,7 +109,9 @@ def look(picture):
     background = np.median(border, axis=0)
     contrast = np.abs(image - background).max(-1)
     found = []
-    for rows, columns in components(contrast > 48):
+    # a pixel at an edge, which two near things may share, is much paler than its neighbours: it parts the things
+    strongest = np.max([np.roll(contrast, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)], axis=0)
+    for rows, columns in components((contrast > 48) & (contrast > 0.45 * strongest)):
         if len(rows) < 0.006 * S * S:
             continue
         top, bottom = max(0, rows.min() - 1), min(S, rows.max() + 2)
@@ -186,7 +188,8 @@ def judge(found, prompt, column):
         return sum(getattr(a, key) == getattr(b, key) for a, b in pairs for key in keys)
 
     # name the found things by the other attributes first; where that leaves a choice, do not choose in favour
-    pairs = max((list(zip(named, order)) for order in itertools.permutations(found)), key=lambda p: agree(p, other))
+    orders = (list(zip(named, order)) for order in itertools.permutations(found))
+    pairs = max(orders, key=lambda p: (agree(p, other), -agree(p, asked)))
     if agree(pairs, asked) < len(named) * len(asked):
         return 0.0
     matched = [b for _, b in pairs]
