@@ -9,12 +9,16 @@ have mean 0 and standard deviation 1 in every channel.
 The mini size is convolutional and small enough for a laptop: the first layer folds 4×4 pixels into channels, so that
 nothing runs at full resolution. Letters: B batch, C latent channels.
 """
+import json
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import weights
 
 
 @dataclass
@@ -117,13 +121,12 @@ class Autoencoder(nn.Module):
         return self.reconstruct(latents * self.scale.view(1, -1, 1, 1) + self.shift.view(1, -1, 1, 1))
 
     def loss(self, pictures, noise, kl_weight=1e-5):
-        """Reconstruction (mean absolute error) + kl_weight · KL: per-sample (B,), and the squared error (B,) for PSNR.
+        """Reconstruction (mean absolute error) + kl_weight · KL, per sample (B,).
         noise: unit Gaussian of the latent's shape, (B, C, H/8, W/8)."""
         mean, log_variance = self.moments(pictures)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)  # (B,)
         error = self.reconstruct(mean + (0.5 * log_variance).exp() * noise) - pictures
-        loss = error.abs().flatten(1).mean(1) + kl_weight * kl
-        return loss, error.detach().square().flatten(1).mean(1)
+        return error.abs().flatten(1).mean(1) + kl_weight * kl
 
     @torch.no_grad()
     def calibrate(self, pictures):
@@ -131,6 +134,27 @@ class Autoencoder(nn.Module):
         mean = self.moments(pictures)[0]
         self.shift.copy_(mean.mean((0, 2, 3)))
         self.scale.copy_(mean.std((0, 2, 3)).clamp(min=1e-6))
+
+
+def psnr(autoencoder, pictures):
+    """Peak signal-to-noise ratio in dB of reconstructed pictures (B, 3, H, W) in -1…1, mean over pictures."""
+    with torch.no_grad():
+        error = autoencoder.decode(autoencoder.encode(pictures)).clamp(-1, 1) - pictures
+    return (10 * (4 / error.square().flatten(1).mean(1)).log10()).mean().item()
+
+
+def load(folder):
+    """The autoencoder of a run's folder. ValueError if there is none, or the file is something else."""
+    path = Path(folder) / "model.safetensors"
+    if not path.exists():
+        raise ValueError(f"--autoencoder {folder}: no model.safetensors there; train one with `python train.py autoencoder`")
+    tensors, metadata = weights.read(path)
+    try:
+        model = Autoencoder(AutoencoderConfig(**json.loads(metadata["config"])["autoencoder"]))
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not an autoencoder of train.py: {' '.join(str(error).split())[:200]}") from None
+    return model
 
 
 def check_scale(latents, tolerance=0.2):

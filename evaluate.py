@@ -254,8 +254,9 @@ def main(arguments):
     config = Config()
     if rest := parse_flags(config, arguments):
         raise ValueError(f"{rest[0]!r} is not a flag; flags look like --seed 1")
-    if config.prompts < 1:
-        raise ValueError(f"--prompts {config.prompts}: must be at least 1")
+    for field in ("prompts", "batch_size"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be at least 1")
     folder = config.checkpoint or newest_run()
     model = TextToImage.load(folder).to(device_of(config.device))
     source = model.config["flags"]["data"]

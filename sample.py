@@ -117,10 +117,13 @@ def newest_run(stage="image"):
 
 
 def device_of(name="auto"):
-    """torch.device: cuda, else mps, else cpu, unless named."""
+    """torch.device: cuda, else mps, else cpu, unless named. ValueError if this machine does not have the named one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: not to be had on this machine with this build of torch; try cpu") from None
 
 
 def parse_flags(config, arguments):
@@ -176,9 +179,15 @@ def main(arguments):
     config = Config()
     prompts = parse_flags(config, arguments)
     if config.prompts:
-        prompts += [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompts {config.prompts}: not a text file in UTF-8") from None
+        prompts += [line.strip() for line in lines if line.strip()]
     if not prompts or not all(map(str.strip, prompts)):
         raise ValueError('no prompt: python sample.py "a red circle above a blue square", or --prompts FILE')
+    if config.batch_size < 1:
+        raise ValueError(f"--batch-size {config.batch_size}: must be at least 1")
     attention.FUSED = config.fused
     folder = config.checkpoint or newest_run()
     model = TextToImage.load(folder).to(device_of(config.device))

@@ -12,7 +12,6 @@ as one that was never interrupted, and there is no random state to save.
 import dataclasses
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -24,10 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import attention
+import autoencoder as autoencoders
 import data
 import pictures
 import weights
-from autoencoder import Autoencoder, AutoencoderConfig, check_scale
+from autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from dit import SIZES, ModelConfig
 from muon import Muon
 from sample import TextToImage, device_of, from_bytes, parse_flags, to_bytes, words_of
@@ -106,9 +106,10 @@ def read_flags(stage, arguments):
             raise ValueError(f"--{field} {getattr(config, field)}: not one of {', '.join(choices)}")
     if config.image_size % 16 or config.image_size < 16:
         raise ValueError(f"--image-size {config.image_size}: must be a multiple of 16")
-    for field in ("batch_size", "steps", "log_every", "checkpoint_every"):
+    for field in ("batch_size", "steps", "log_every", "sample_every", "checkpoint_every", "latent_channels", "text_depth"):
         if getattr(config, field) < 1:
             raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be at least 1")
+    device_of(config.device)
     return config
 
 
@@ -272,7 +273,7 @@ def load_checkpoint(path, config, trained, ema, optimizers):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is damaged or holds more than weights: {str(error).splitlines()[0]}") from None
-    for key in ("size", "data", "integration", "image_size", "seed", "batch_size", "steps", "lr"):
+    for key in ("size", "data", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer", "schedule", "target"):
         if saved["config"].get(key) != getattr(config, key):
             flag = f"--{key.replace('_', '-')}"
             raise ValueError(f"--resume: {path} was made with {flag} {saved['config'].get(key)}, not {getattr(config, key)}")
@@ -298,13 +299,6 @@ def report_skipped(dataset):
             print(f"  … and {len(dataset.skipped) - 20} more")
 
 
-def psnr(autoencoder, images):
-    """Peak signal-to-noise ratio in dB of reconstructed pictures (B, 3, S, S) in -1…1, mean over pictures."""
-    with torch.no_grad():
-        error = (autoencoder.decode(autoencoder.encode(images)).clamp(-1, 1) - images).square().flatten(1).mean(1)
-    return (10 * (4 / error).log10()).mean().item()
-
-
 def train_autoencoder(config, dataset=None):
     dataset = dataset or data.load(config.data, config.image_size, config.seed)
     report_skipped(dataset)
@@ -324,7 +318,7 @@ def train_autoencoder(config, dataset=None):
     def batch_loss(step, generator):
         images = batch(batch_indices(step, len(dataset.captions), config.batch_size, config.seed))
         noise = torch.randn(len(images), config.latent_channels, side, side, generator=generator).to(device)
-        return model.loss(images, noise)[0], None
+        return model.loss(images, noise), None
 
     def preview(step):
         with torch.no_grad():
@@ -332,8 +326,8 @@ def train_autoencoder(config, dataset=None):
         pictures.grid(to_bytes(images).cpu(), columns=8).save(f"{config.out}/samples/{step:06d}.png")
 
     def save(state):
-        own = {k: v for k, v in state.items()}
-        weights.write(f"{config.out}/model.safetensors", own, dict(config=json.dumps(describe(config, autoencoder=vars(model.config)))))  # fmt: skip
+        metadata = dict(config=json.dumps(describe(config, autoencoder=vars(model.config))))
+        weights.write(f"{config.out}/model.safetensors", state, metadata)
 
     log = fit(config, model, batch_loss, preview, save)
     model.calibrate(batch(batch_indices(0, len(dataset.captions), 512, config.seed)))
@@ -349,20 +343,6 @@ def describe(config, **parts):
     return dict(flags=dataclasses.asdict(config), image_size=config.image_size, **parts)
 
 
-def load_autoencoder(folder):
-    """The autoencoder of a run. ValueError if there is none, or the file is something else."""
-    path = Path(folder) / "model.safetensors"
-    if not path.exists():
-        raise ValueError(f"--autoencoder {folder}: no model.safetensors there; train one with `python train.py autoencoder`")
-    tensors, metadata = weights.read(path)
-    try:
-        model = Autoencoder(AutoencoderConfig(**json.loads(metadata["config"])["autoencoder"]))
-        model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is not an autoencoder of train.py: {' '.join(str(error).split())[:200]}") from None
-    return model
-
-
 def train_image(config):
     dataset = data.load(config.data, config.image_size, config.seed)
     report_skipped(dataset)
@@ -371,7 +351,7 @@ def train_image(config):
         flags = ["--data", config.data, "--image-size", str(config.image_size), "--out", config.autoencoder,
                  "--seed", str(config.seed), "--device", config.device]  # fmt: skip
         train_autoencoder(read_flags("autoencoder", flags), dataset)
-    autoencoder = load_autoencoder(config.autoencoder)
+    autoencoder = autoencoders.load(config.autoencoder)
     device = device_of(config.device)
 
     tokenizer = Tokenizer.train(dataset.captions)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffusion import SAMPLERS, Diffusion, ddim, ddpm, dpm_solver, guided
+from diffusion import SAMPLERS, Diffusion, ddim, dpm_solver, guided
 
 KINDS = [(s, p) for s in ("linear", "cosine") for p in ("noise", "velocity", "x0")]
 

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-import dit
-from conditioning import TextCondition, masked_mean
+from conditioning import masked_mean
 from dit import GenTron, ModelConfig, patchify, position_embedding, sincos, unpatchify
 
 SMALL = dict(depth=2, width=24, heads=3, channels=3, out_channels=3, text_width=10, qk_norm=True)

@@ -87,7 +87,10 @@ def test_commands(run, tmp_path):
     assert 'in "a zebra" no training caption had: zebra' in result.stderr
     assert Image.open(tmp_path / "samples.png").width == 2 * 32 + 12
     (tmp_path / "list.txt").write_text("a red circle\n\na star\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe")
     call("--prompts", "list.txt", "--out", "many", *common)
+    call("--prompts", "list.txt", "--grid", "--out", "new/grid.png", "--zoom", 1, *common)
+    assert Image.open(tmp_path / "new" / "grid.png").width == 2 * 32 + 12
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["000000.png", "000001.png", "prompts.txt"]
     first = np.asarray(Image.open(tmp_path / "many" / "000000.png")).astype(int)
     model = TextToImage.load(run)
@@ -101,6 +104,9 @@ def test_commands(run, tmp_path):
         (["a star"], "no run found in runs/"),
         (["a star", "--checkpoint", "nowhere"], "no model.safetensors in nowhere"),
         (["--prompts", "gone.txt", *common], "gone.txt"),
+        (["--prompts", "latin.txt", *common], "--prompts latin.txt: not a text file in UTF-8"),
+        (["a star", "--device", "banana", *common], "--device banana: not to be had"),
+        (["a star", "--batch-size", 0, *common], "--batch-size 0: must be at least 1"),
     ):
         result = call(*arguments, code=1)
         assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
@@ -126,7 +132,7 @@ def test_kl_is_that_of_two_gaussians():
     model = Autoencoder(AutoencoderConfig(4, 16, 1)).double()
     images = torch.rand(3, 3, 16, 16, dtype=torch.float64) * 2 - 1
     noise = torch.randn(3, 4, 2, 2, dtype=torch.float64)
-    with_kl, without = (model.loss(images, noise, kl_weight=w)[0] for w in (1.0, 0.0))
+    with_kl, without = (model.loss(images, noise, kl_weight=w) for w in (1.0, 0.0))
     mean, log_variance = model.moments(images)
     posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)

@@ -139,6 +139,8 @@ def test_orthogonalise_levels_the_singular_values():
         (["image", "extra"], "'extra' is not a flag"),
         (["image", "--data", "/no/folder"], "--data /no/folder: there is no such folder"),
         (["image", "--image-size", "50"], "--image-size 50: must be a multiple of 16"),
+        (["image", "--device", "banana"], "--device banana: not to be had"),
+        (["autoencoder", "--latent-channels", "0"], "--latent-channels 0: must be at least 1"),
         (["image", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["image", "--schedule", "round"], "--schedule round: not one of linear, cosine"),
         (["image", "--integration", "none"], "--integration none: not one of cross, adaln"),
