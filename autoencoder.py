@@ -4,7 +4,7 @@
 
 The encoder gives a mean and a log-variance; training decodes a sample of that Gaussian, and a small Kullback–Leibler
 term keeps it near the unit one. `encode` and `decode` own the latent's scale and shift: outside of this file, latents
-have mean 0 and standard deviation 1 in every channel.
+have mean 0 in every channel and standard deviation 1 over all.
 
 The mini size is convolutional and small enough for a laptop: the first layer folds 4×4 pixels into channels, so that
 nothing runs at full resolution. Letters: B batch, C latent channels.
@@ -83,21 +83,22 @@ class Autoencoder(nn.Module):
             nn.init.zeros_(last.bias)
         nn.init.constant_(self.encoder[-1].bias[C:], -6.0)  # little noise at first: nothing is learned through much
         self.register_buffer("shift", torch.zeros(C))
-        self.register_buffer("scale", torch.ones(C))
+        self.register_buffer("scale", torch.ones(1))
         self.to(memory_format=torch.channels_last)  # convolutions on a CPU are a quarter faster so
 
     @torch.no_grad()
     def start_from(self, pictures):
         """Sets the linear path to the C largest principal components of the 8×8 patches of pictures (B, 3, H, W) in
-        -1…1, each scaled to standard deviation 1 in the latent. A few hundred pictures are enough."""
+        -1…1, all on one scale. (Each on its own scale, small details would weigh as much in the diffusion loss as
+        where things are.) A few hundred pictures are enough."""
         patches = F.pixel_unshuffle(pictures, 8).movedim(1, -1).flatten(0, 2)  # (patches, 192)
         mean = patches.mean(0)
         U, S, _ = torch.linalg.svd((patches - mean).T.cov())
-        components, std = U[:, : self.config.channels].T, S[: self.config.channels].sqrt()  # (C, 192), (C,)
+        components, std = U[:, : self.config.channels].T, S[: self.config.channels].mean().sqrt()  # (C, 192), scalar
         inward, outward = self.linear_in[1], self.linear_out[0]
-        inward.weight.copy_((components / std[:, None])[..., None, None])
+        inward.weight.copy_((components / std)[..., None, None])
         inward.bias.copy_(-components @ mean / std)
-        outward.weight.copy_((components * std[:, None]).T[..., None, None])
+        outward.weight.copy_((components * std).T[..., None, None])
         outward.bias.copy_(mean)
 
     def moments(self, pictures):
@@ -114,11 +115,11 @@ class Autoencoder(nn.Module):
 
     def encode(self, pictures):
         """pictures (B, 3, H, W) in -1…1 → latent mean (B, C, H/8, W/8), shifted and scaled to mean 0 and std 1."""
-        return (self.moments(pictures)[0] - self.shift.view(1, -1, 1, 1)) / self.scale.view(1, -1, 1, 1)
+        return (self.moments(pictures)[0] - self.shift.view(1, -1, 1, 1)) / self.scale
 
     def decode(self, latents):
         """latents (B, C, h, w), as encode gives them → pictures (B, 3, 8h, 8w), about -1…1, not clipped."""
-        return self.reconstruct(latents * self.scale.view(1, -1, 1, 1) + self.shift.view(1, -1, 1, 1))
+        return self.reconstruct(latents * self.scale + self.shift.view(1, -1, 1, 1))
 
     def loss(self, pictures, noise, kl_weight=1e-5):
         """Reconstruction (mean absolute error) + kl_weight · KL, per sample (B,).
@@ -130,10 +131,11 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, pictures):
-        """Measures shift and scale on pictures (B, 3, H, W): a few hundred are enough."""
+        """Measures shift (one a channel) and scale (one for all, as in latent diffusion) on pictures (B, 3, H, W):
+        a few hundred are enough."""
         mean = self.moments(pictures)[0]
         self.shift.copy_(mean.mean((0, 2, 3)))
-        self.scale.copy_(mean.std((0, 2, 3)).clamp(min=1e-6))
+        self.scale.copy_((mean - self.shift.view(1, -1, 1, 1)).std().clamp(min=1e-6))
 
 
 def psnr(autoencoder, pictures):

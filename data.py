@@ -30,13 +30,14 @@ COLOURS = {
 }  # fmt: skip
 TEXTURES = ("solid", "striped", "dotted", "checkered")
 SHAPES = ("circle", "square", "triangle", "cross", "star")
-SIZES = {"small": 0.09, "": 0.12, "big": 0.155}  # radius of the circle of equal area, as a share of the picture
+SIZES = {"small": 0.08, "": 0.105, "big": 0.135}  # radius of the circle of equal area, as a share of the picture
 BOXES = {"circle": (1, 1), "square": (0.886, 0.886), "triangle": (1.347, 1.166), "cross": (1.154, 1.154),
          "star": (1.466, 1.541)}  # half width and half height at r = 1
 PERIOD = 0.08  # of a texture, as a share of the picture
 RELATIONS = ("above", "below", "left of", "right of")
 COMPARISONS = ("bigger than", "smaller than")
-BACKGROUNDS = ((250, 250, 250), (226, 226, 226), (250, 241, 218), (216, 229, 241))
+BACKGROUND = (250, 250, 250)
+CELLS = 4  # things stand in the middle of cells, so many a side
 UNSEEN_COLOURS = {("purple", "circle"), ("green", "square"), ("red", "triangle"), ("yellow", "cross"), ("blue", "star")}
 UNSEEN_TEXTURES = {("striped", "star"), ("dotted", "triangle"), ("checkered", "cross")}
 
@@ -93,10 +94,10 @@ def texture_share(texture, x, y, period):
     raise ValueError(f"texture {texture!r} is not one of {', '.join(TEXTURES)}")
 
 
-def draw(things, background=BACKGROUNDS[0], size=64):
-    """Renders things onto a plain background, edges anti-aliased: (size, size, 3) uint8."""
+def draw(things, size=64):
+    """Renders things onto the plain background, edges anti-aliased: (size, size, 3) uint8."""
     picture = np.empty((size, size, 3), np.float32)
-    picture[:] = background
+    picture[:] = BACKGROUND
     for thing in things:
         x, y, r = thing.x * size, thing.y * size, thing.r * size
         reach = 1.6 * r + 2  # a star's point is 1.54 r away
@@ -131,11 +132,24 @@ def holds(relation, a, b):
     }[relation]  # fmt: skip
 
 
+def cells_for(half):
+    """The centres of the cells in which a thing of this half width (or height) stays in the picture, but for 0.03."""
+    centres = [(i + 0.5) / CELLS for i in range(CELLS)]
+    return [c for c in centres if half - 0.03 <= c <= 1.03 - half]
+
+
+def fits(relation, a, b):
+    """Whether the relation holds and, if it is a spatial one, the middle of the picture lies between a and b."""
+    low, high = {"above": (a.y, b.y), "below": (b.y, a.y), "left of": (a.x, b.x), "right of": (b.x, a.x)}.get(relation, (0, 1))
+    return holds(relation, a, b) and low < 0.5 < high
+
+
 def place(things, relation, rng):
     """Gives things places (and radii, by their size) so that their boxes stay apart and `relation`, if any, holds
-    between the first two. Returns the placed things. Centres lie on a grid of an eighth of the picture: pictures are
-    then made of few different pieces, which is what lets a laptop learn them in minutes. Scenes that do not
-    fit in 40 tries become a little smaller with every further one."""
+    between the first two. Returns the placed things. They stand in the middle of cells, CELLS a side, where their
+    points may reach a little past the picture; of two things in a spatial relation one is in each half of the picture.
+    Both make few different pieces of picture, and words of place that tell much, which is what lets a laptop learn
+    them in minutes. Scenes that do not fit in 40 tries become a little smaller with every further one."""
     for attempt in itertools.count():
         shrink = min(1.0, 0.995 ** (attempt - 40))
         placed = []
@@ -143,14 +157,14 @@ def place(things, relation, rng):
             r = SIZES[thing.size] * shrink
             width, height = (share * r for share in BOXES[thing.shape])
             for _ in range(8):
-                x, y = (rng.randint(math.ceil(8 * a), math.floor(8 * (1 - a))) / 8 for a in (width, height))
+                x, y = (rng.choice(cells_for(half)) for half in (width, height))
                 if all(
                     abs(x - o.x) > width + BOXES[o.shape][0] * o.r + 0.02
                     or abs(y - o.y) > height + BOXES[o.shape][1] * o.r + 0.02
                     for o in placed
                 ):
                     candidate = replace(thing, x=x, y=y, r=r)
-                    if len(placed) != 1 or relation is None or holds(relation, placed[0], candidate):
+                    if len(placed) != 1 or relation is None or fits(relation, placed[0], candidate):
                         placed.append(candidate)
                         break
             else:
@@ -170,18 +184,26 @@ OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of
             "bigger than": "smaller than", "smaller than": "bigger than"}  # fmt: skip
 
 
-def describe(things, relation, rng):
-    """A caption in one of several wordings. A relation is between the first two; a third follows with "and"."""
+def where(thing, rng):
+    """"at the top" and the like: the half of the picture that a placed thing is in, up and down or left and right."""
+    if rng.random() < 0.5:
+        return " at the top" if thing.y < 0.5 else " at the bottom"
+    return " on the left" if thing.x < 0.5 else " on the right"
+
+
+def describe(things, relation, rng, places=0.0):
+    """A caption in one of several wordings. A relation is between the first two; a third follows with "and". Without a
+    relation, this share of the things (which must then be placed) is said to be at the top, on the left, …"""
     names = [noun(thing, size=relation not in COMPARISONS) for thing in things]
     if relation:
         if rng.random() < 0.3:
             names[:2], relation = names[1::-1], OPPOSITE[relation]
         relation = "to the " + relation if "of" in relation and rng.random() < 0.3 else relation
         text = f"{names[0]} {relation} {names[1]}" + (f" and {names[2]}" if names[2:] else "")
-    elif len(names) == 3:
-        text = f"{names[0]}, {names[1]} and {names[2]}"
     else:
-        text = rng.choice([" and ", " and ", " and ", " with ", " next to "]).join(names)
+        names = [name + (where(thing, rng) if rng.random() < places else "") for name, thing in zip(names, things)]
+        joint = rng.choice([" and ", " and ", " and ", " with ", " next to "]) if len(names) == 2 else " and "
+        text = ", ".join([*names[:-2], joint.join(names[-2:])])
     return rng.choice(["", "", "", "", "there is ", "a picture of "]) + text
 
 
@@ -195,21 +217,20 @@ class Shapes:
         self.scenes, self.captions = [], []
         for i in range(count):
             rng = random.Random(f"{seed} {i}")
-            things = [random_thing(rng) for _ in range(rng.choice([1, 2, 2, 2, 3, 3]))]
+            things = [random_thing(rng) for _ in range(rng.choice([1, 2, 2, 2, 2, 2, 3, 3]))]
             relation = None
-            if len(things) > 1 and rng.random() < 0.55:
-                relation = rng.choice(RELATIONS if rng.random() < 0.65 else COMPARISONS)
+            if len(things) > 1 and rng.random() < 0.85:
+                relation = rng.choice(RELATIONS if rng.random() < 0.75 else COMPARISONS)
             if relation in COMPARISONS:  # sizes that make it true, and that the caption does not name
                 sizes = sorted(rng.sample(list(SIZES), 2), key=SIZES.get, reverse=relation == "bigger than")
                 things = [replace(thing, size=size) for thing, size in zip(things, sizes)]
             if sum(thing.size == "big" for thing in things) == 3:
                 things[2] = replace(things[2], size="small")  # three big ones hardly fit
-            self.captions.append(describe(things, relation, rng))
-            background = rng.choice(BACKGROUNDS)
-            self.scenes.append((place(things, relation, rng), background))
+            self.scenes.append(place(things, relation, rng))
+            self.captions.append(describe(self.scenes[-1], relation, rng, places=0.8 if len(things) < 3 else 0.0))
 
     def pictures(self, indices):
-        pictures = np.stack([draw(*self.scenes[i], self.size) for i in indices])
+        pictures = np.stack([draw(self.scenes[i], self.size) for i in indices])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 

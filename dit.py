@@ -19,15 +19,16 @@ from torch import nn
 from attention import MultiHeadAttention
 from conditioning import LabelCondition, TextCondition, modulate
 
-# (depth, width, heads, patch). S to XL are DiT's; G is the paper's (Table 1), its heads are not stated: ours.
-# mini is ours, for a laptop.
+# (depth, width, heads, patch, position_step). S to XL are DiT's; G is the paper's (Table 1), its heads are not stated:
+# ours. mini is ours, for a laptop: its 4×4 tokens stand 4 apart, so that they span what DiT's 16×16 span. One apart,
+# their sinusoids differ so little that words of place ("above") are learned several times more slowly.
 SIZES = {
-    "mini": (6, 128, 4, 2),
-    "S": (12, 384, 6, 2),
-    "B": (12, 768, 12, 2),
-    "L": (24, 1024, 16, 2),
-    "XL": (28, 1152, 16, 2),
-    "G": (48, 1664, 16, 2),
+    "mini": (6, 192, 4, 2, 4.0),
+    "S": (12, 384, 6, 2, 1.0),
+    "B": (12, 768, 12, 2, 1.0),
+    "L": (24, 1024, 16, 2, 1.0),
+    "XL": (28, 1152, 16, 2, 1.0),
+    "G": (48, 1664, 16, 2, 1.0),
 }
 
 
@@ -36,9 +37,10 @@ class ModelConfig:
     """All that is needed to rebuild the model; saved in every checkpoint. `ModelConfig.of("XL", …)` starts from a size."""
 
     depth: int = 6
-    width: int = 128
+    width: int = 192
     heads: int = 4
     patch: int = 2
+    position_step: float = 1.0  # from a token to the next, in the positions' sinusoids
     mlp_ratio: int = 4
     channels: int = 4  # C of the latent
     out_channels: int = 4  # C, or 2 C where the variance is learned too
@@ -52,8 +54,8 @@ class ModelConfig:
     def of(cls, size, **changes):
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-        depth, width, heads, patch = SIZES[size]
-        return cls(**dict(depth=depth, width=width, heads=heads, patch=patch) | changes)
+        names = ("depth", "width", "heads", "patch", "position_step")
+        return cls(**dict(zip(names, SIZES[size])) | changes)
 
 
 def patchify(x, patch):
@@ -80,11 +82,11 @@ def sincos(position, width):
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def position_embedding(rows, columns, width, device=None):
+def position_embedding(rows, columns, width, step=1.0, device=None):
     """Fixed 2D sin-cos positions for a grid of any height and width: half the channels tell the column, half the row.
-    Returns (rows·columns, D), in the order of patchify. width must be divisible by 4."""
+    step: from one token to the next. Returns (rows·columns, D), in the order of patchify. width must be divisible by 4."""
     row, column = torch.meshgrid(
-        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+        step * torch.arange(rows, device=device), step * torch.arange(columns, device=device), indexing="ij"
     )
     grid = torch.cat([sincos(column, width // 2), sincos(row, width // 2)], dim=-1)  # (rows, columns, D)
     return grid.flatten(0, 1)  # (N, D)
@@ -181,7 +183,8 @@ class GenTron(nn.Module):
         text, mask, pooled = self.condition(text, mask, dropped)  # (B, L, E), (B, L), (B, D)
         c = self.time(t) + pooled  # (B, D)
         x = self.patch_embedding(patchify(x, patch))  # (B, N, D)
-        x = x + position_embedding(h // patch, w // patch, self.config.width, x.device).to(x.dtype)  # (B, N, D)
+        positions = position_embedding(h // patch, w // patch, self.config.width, self.config.position_step, x.device)
+        x = x + positions.to(x.dtype)  # (B, N, D)
         for block in self.blocks:
             x = block(x, c, text, mask)  # (B, N, D)
         return unpatchify(self.final(x, c), patch, h, w)  # (B, C, h, w)

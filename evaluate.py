@@ -244,7 +244,7 @@ class Config:
     prompts: int = 100  # a column
     sampler: str = "dpm"
     steps: int = 16
-    guidance: float = 3.0
+    guidance: float = 2.0
     seed: int = 0
     batch_size: int = 100
     device: str = "auto"

@@ -72,7 +72,7 @@ class TextToImage(nn.Module):
         return sorted(set(words_of(prompt)) - set(self.config["words"]))
 
     @torch.no_grad()
-    def generate(self, prompts, seed=0, sampler="dpm", steps=16, guidance=3.0, rescale=0.0, interval=(0.0, 1.0), copy=0):
+    def generate(self, prompts, seed=0, sampler="dpm", steps=16, guidance=2.0, rescale=0.0, interval=(0.0, 1.0), copy=0):
         """List of B prompts → pictures (B, 3, S, S) uint8. A prompt's picture depends on the prompt, seed and copy
         number alone, not on the rest of the batch. ValueError for an unknown sampler or number of steps."""
         if sampler not in SAMPLERS:
@@ -164,7 +164,7 @@ class Config:
     grid: bool = False  # with --prompts: one grid instead
     sampler: str = "dpm"  # dpm, ddim or ddpm
     steps: int = 16
-    guidance: float = 3.0  # 1: none
+    guidance: float = 2.0  # 1: none
     rescale: float = 0.0
     guide_from: float = 0.0  # guide in this interval of noise levels: 0 is clean, 1 is noise
     guide_to: float = 1.0

@@ -43,6 +43,19 @@ def relative_buckets(length, buckets, max_distance, device=None):
     return bucket + half * (distance > 0)
 
 
+def directed_bias(buckets, max_distance, heads):
+    """Starting values of the relative bias, (buckets, H): minus slope · distance, and 4 less for keys on the side that
+    a head does not look at. The slope falls from 1 in the first pair of heads to 0.3 in the last."""
+    near = buckets // 4
+    k = torch.arange(2 * near)
+    distance = torch.where(k < near, k, near * (max_distance / near) ** ((k - near) / near))  # a bucket's nearest
+    distance, right = distance.repeat(2), torch.arange(buckets) >= 2 * near  # (buckets,)
+    slope = 0.3 ** torch.linspace(0, 1, (heads + 1) // 2).repeat_interleave(2)[:heads]  # (H,)
+    looks_right = torch.arange(heads) % 2 == 1  # (H,)
+    away = (right[:, None] != looks_right) & (distance[:, None] > 0)  # (buckets, H)
+    return -slope * distance[:, None] - 4.0 * away
+
+
 class T5Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -91,10 +104,12 @@ class T5Encoder(nn.Module):
     @torch.no_grad()
     def initialise(self):
         """T5's own: every product of a vector with a matrix keeps its variance; queries are smaller by sqrt(d), in
-        place of the scaling that the attention does not do."""
+        place of the scaling that the attention does not do. Ours: the relative bias starts as a preference for near
+        tokens, on the left in the even heads and on the right in the odd ones, so that from the first step a noun's
+        vector holds its adjectives, and whether "above" stands before or after it."""
         c = self.config
         nn.init.normal_(self.embedding.weight)
-        nn.init.normal_(self.relative_bias.weight, std=c.width**-0.5)
+        self.relative_bias.weight.copy_(directed_bias(c.buckets, c.max_distance, c.heads))
         for block in self.blocks:
             nn.init.normal_(block.q.weight, std=(c.width * c.head_width) ** -0.5)
             for layer in (block.k, block.v, block.out, block.gate, block.up, block.down):

@@ -48,6 +48,8 @@ def test_positions_are_sinusoids_of_column_and_row():
         got = table[i, [k, 4 + k, 8 + k, 12 + k]]
         torch.testing.assert_close(got, torch.stack(expected).float())
     assert torch.cdist(table, table).fill_diagonal_(1).min() > 0.05  # no two places look alike
+    wide, apart = position_embedding(3, 13, 16), position_embedding(3, 4, 16, step=4.0)
+    torch.testing.assert_close(apart[:4], wide[:13:4])  # the first row: every fourth of a grid of step 1
 
 
 def test_output_is_zero_at_the_start_and_every_branch_moves_within_two_steps():

@@ -1,6 +1,6 @@
 import torch
 
-from text_encoders import T5Config, T5Encoder, Tokenizer, relative_buckets
+from text_encoders import T5Config, T5Encoder, Tokenizer, directed_bias, relative_buckets
 
 CAPTIONS = [f"a {c} {s} above a {d} square" for c in ("red", "blue", "green") for s in ("circle", "star") for d in ("pink", "red")]
 
@@ -11,6 +11,15 @@ def test_buckets_by_hand():
     at = lambda distance: table[max(0, -distance), max(0, distance)].item()
     assert [at(d) for d in (0, -1, -7, -8, -11, -12, -127, -199)] == [0, 1, 7, 8, 8, 9, 15, 15]
     assert [at(d) for d in (1, 7, 8, 16, 32, 64, 128)] == [17, 23, 24, 26, 28, 30, 31]
+
+
+def test_bias_starts_near_and_on_one_side():
+    table = relative_buckets(60, 32, 128)
+    bias = directed_bias(32, 128, 4)[table]  # (query, key, head)
+    at = lambda distance, head: bias[max(0, -distance), max(0, distance), head].item()
+    assert [at(d, 0) for d in (0, -1, -7, -8, 1, 3)] == [0, -1, -7, -8, -5, -7]  # the first head looks left
+    assert [at(d, 1) for d in (0, 1, 7, -1, -3)] == [0, -1, -7, -5, -7]  # the second looks right
+    assert abs(at(-5, 2) + 1.5) < 1e-6 and abs(at(5, 3) + 1.5) < 1e-6  # the last pair sees further
 
 
 def test_encoder_ignores_padding_and_knows_order():
