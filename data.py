@@ -219,7 +219,7 @@ class Shapes:
             rng = random.Random(f"{seed} {i}")
             things = [random_thing(rng) for _ in range(rng.choice([1, 2, 2, 2, 2, 2, 3, 3]))]
             relation = None
-            if len(things) > 1 and rng.random() < 0.85:
+            if len(things) > 1 and rng.random() < 0.7:
                 relation = rng.choice(RELATIONS if rng.random() < 0.75 else COMPARISONS)
             if relation in COMPARISONS:  # sizes that make it true, and that the caption does not name
                 sizes = sorted(rng.sample(list(SIZES), 2), key=SIZES.get, reverse=relation == "bigger than")
@@ -227,7 +227,7 @@ class Shapes:
             if sum(thing.size == "big" for thing in things) == 3:
                 things[2] = replace(things[2], size="small")  # three big ones hardly fit
             self.scenes.append(place(things, relation, rng))
-            self.captions.append(describe(self.scenes[-1], relation, rng, places=0.8 if len(things) < 3 else 0.0))
+            self.captions.append(describe(self.scenes[-1], relation, rng, places=0.4 if len(things) < 3 else 0.0))
 
     def pictures(self, indices):
         pictures = np.stack([draw(self.scenes[i], self.size) for i in indices])

@@ -75,7 +75,7 @@ PAPER = dict(
     optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear", target="noise", shift=1.0, qk_norm=False,
     batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100,
 )  # fmt: skip
-STEPS = {"autoencoder": 800, "image": 1400}  # the demo's
+STEPS = {"autoencoder": 800, "image": 1500}  # the demo's
 AUTOENCODER = dict(optimizer="muon", batch_size=16, lr=2e-3, cooldown=0.5)
 
 
