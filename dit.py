@@ -21,7 +21,7 @@ from conditioning import LabelCondition, TextCondition, modulate
 
 # (depth, width, heads, patch, position_step). S to XL are DiT's; G is the paper's (Table 1), its heads are not stated:
 # ours. mini is ours, for a laptop: its 4×4 tokens stand 4 apart, so that they span what DiT's 16×16 span. One apart,
-# their sinusoids differ so little that words of place ("above") are learned several times more slowly.
+# their sinusoids would differ little beside the noise of a patch.
 SIZES = {
     "mini": (6, 192, 4, 2, 4.0),
     "S": (12, 384, 6, 2, 1.0),
