@@ -2,8 +2,8 @@
 
     attention(Q, K, V) = softmax(Q Kᵀ / sqrt(d)) V                      (Vaswani et al. 2017, equation 1)
 
-Both functions compute this; `FUSED` picks which one the models use. One mask rule holds everywhere: boolean,
-True = attend. A query that may attend nothing gets 0, in both.
+Both functions compute this; `FUSED` picks which one the models use, `use` sets it. One mask rule holds everywhere:
+boolean, True = attend. A query that may attend nothing gets 0, in both.
 
 Letters: B batch, H heads, L queries, M keys, d width of a head, D = H·d width of the model.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FUSED = True  # False: the models use the written-out attention (train.py and sample.py: --fused false)
+FUSED = True  # False: the models use the written-out attention
 
 
 def written_out_attention(q, k, v, mask=None):
@@ -37,6 +37,15 @@ def fused_attention(q, k, v, mask=None):
 def attention(q, k, v, mask=None):
     """Fused or written out, as `FUSED` says. Arguments and result as above."""
     return (fused_attention if FUSED else written_out_attention)(q, k, v, mask)
+
+
+def use(name, device):
+    """What --attention says: "fused", "written", or "auto": fused on a GPU, where rows are long and memory is dear, and
+    written out on a CPU, where the kernel's many small products cost more than they save. ValueError for another name."""
+    global FUSED
+    if name not in ("auto", "fused", "written"):
+        raise ValueError(f"--attention {name}: not one of auto, fused, written")
+    FUSED = name == "fused" or name == "auto" and device.type != "cpu"
 
 
 class MultiHeadAttention(nn.Module):

@@ -4,7 +4,8 @@
     folder   any folder of pictures, each with a caption in a .txt of the same name, or one captions.jsonl for all
     emoji    python data.py emoji FOLDER: such a folder from the colour-emoji font that is installed
 
-A data set has `captions`, a list of N strings, and `pictures(indices)`, a (B, 3, S, S) uint8 tensor.
+A data set has `captions`, a list of N strings, `pictures(indices)`, a (B, 3, S, S) uint8 tensor, and `group`, the number
+of neighbours that training keeps together in a batch.
 Certain pairs of colour and shape, and of texture and shape, never occur in training, so that a model can be asked for
 what it has never seen.
 """
@@ -132,6 +133,14 @@ def holds(relation, a, b):
     }[relation]  # fmt: skip
 
 
+def sized(things, relation, rng):
+    """For a comparison, sizes that make it true of the first two things; else the things as they are."""
+    if relation not in COMPARISONS:
+        return things
+    sizes = sorted(rng.sample(list(SIZES), 2), key=SIZES.get, reverse=relation == "bigger than")
+    return [replace(thing, size=size) for thing, size in zip(things, sizes)] + list(things[2:])
+
+
 def cells_for(half):
     """The centres of the cells in which a thing of this half width (or height) stays in the picture, but for 0.03."""
     centres = [(i + 0.5) / CELLS for i in range(CELLS)]
@@ -207,27 +216,41 @@ def describe(things, relation, rng, places=0.0):
     return rng.choice(["", "", "", "", "there is ", "a picture of "]) + text
 
 
+def mirrored(things, relation, rng):
+    """The scene with everything on the other side (of the axis that a spatial relation is about, else of either), and
+    the relation that then holds."""
+    if relation in ("above", "below") or relation not in RELATIONS and rng.random() < 0.5:
+        things = [replace(thing, y=1 - thing.y) for thing in things]
+    else:
+        things = [replace(thing, x=1 - thing.x) for thing in things]
+    return things, OPPOSITE[relation] if relation in RELATIONS else relation
+
+
 class Shapes:
-    """Scene i is drawn from (seed, i) alone, when it is asked for. Only pairs that are not held out."""
+    """count (an even number of) scenes; 2k and 2k+1 are mirror images, drawn from (seed, k) alone, when they are asked
+    for. Their captions differ in the words of place only. Side by side in a batch, at one timestep, they cancel what
+    chance placement adds to the gradient, and leave what those words do. No scene has a held-out pair of attributes."""
 
     skipped = ()
+    group = 2  # neighbours that training keeps together
 
     def __init__(self, size=64, count=16384, seed=0):
         self.size = size
         self.scenes, self.captions = [], []
-        for i in range(count):
-            rng = random.Random(f"{seed} {i}")
+        for k in range(count // 2):
+            rng = random.Random(f"{seed} {k}")
             things = [random_thing(rng) for _ in range(rng.choice([1, 2, 2, 2, 2, 2, 3, 3]))]
             relation = None
             if len(things) > 1 and rng.random() < 0.7:
                 relation = rng.choice(RELATIONS if rng.random() < 0.75 else COMPARISONS)
-            if relation in COMPARISONS:  # sizes that make it true, and that the caption does not name
-                sizes = sorted(rng.sample(list(SIZES), 2), key=SIZES.get, reverse=relation == "bigger than")
-                things = [replace(thing, size=size) for thing, size in zip(things, sizes)]
+            things = sized(things, relation, rng)
             if sum(thing.size == "big" for thing in things) == 3:
                 things[2] = replace(things[2], size="small")  # three big ones hardly fit
-            self.scenes.append(place(things, relation, rng))
-            self.captions.append(describe(self.scenes[-1], relation, rng, places=0.4 if len(things) < 3 else 0.0))
+            things, wording = place(things, relation, rng), rng.random()
+            for things, relation in ((things, relation), mirrored(things, relation, rng)):
+                self.scenes.append(things)
+                places = 0.4 if len(things) < 3 else 0.0
+                self.captions.append(describe(things, relation, random.Random(wording), places))
 
     def pictures(self, indices):
         pictures = np.stack([draw(self.scenes[i], self.size) for i in indices])
@@ -264,8 +287,8 @@ def open_picture(path, size):
         raise ValueError(f"not a whole picture ({error})") from None
 
 
-def read_captions(folder):
-    """Yields (picture path, caption or ValueError) for a folder, in the order of names."""
+def read_captions(folder, candidates):
+    """Yields (path, caption or ValueError): what captions.jsonl lists, or else all candidates, by the .txt beside them."""
     listing = folder / "captions.jsonl"
     if listing.exists():
         for number, line in enumerate(listing.read_bytes().splitlines(), 1):
@@ -275,42 +298,52 @@ def read_captions(folder):
             except (ValueError, KeyError, TypeError) as error:
                 yield f"{listing}, line {number}", ValueError(f'not {{"file": …, "caption": …}} in UTF-8 ({error})')
         return
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURES:
-            try:
-                yield path, path.with_suffix(".txt").read_text(encoding="utf-8")
-            except FileNotFoundError:
-                yield path, ValueError(f"no caption: {path.with_suffix('.txt').name} is missing")
-            except UnicodeDecodeError:
-                yield path, ValueError(f"{path.with_suffix('.txt').name} is not UTF-8")
+    for path in candidates:
+        try:
+            yield path, path.with_suffix(".txt").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            yield path, ValueError(f"no caption: {path.with_suffix('.txt').name} is missing")
+        except UnicodeDecodeError:
+            yield path, ValueError(f"{path.with_suffix('.txt').name} is not UTF-8")
+
+
+def read_folder(folder, candidates, read, flag, what):
+    """Reads what a folder holds: (captions, what read(path) gives for each, skipped), the last a list of (path, reason).
+    flag and what are for the words of the ValueError that is raised where the folder is missing, or nothing usable."""
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {folder}: there is no such folder (or use {flag} shapes)")
+    captions, found, skipped = [], [], []
+    for path, caption in tqdm(list(read_captions(folder, candidates)), desc=f"reading {folder}", disable=None, leave=False):
+        try:
+            if isinstance(caption, ValueError):
+                raise caption
+            caption = " ".join(caption.split())
+            if not caption:
+                raise ValueError("the caption is empty")
+            found.append(read(path))
+            captions.append(caption)
+        except ValueError as reason:
+            skipped.append((path, str(reason)))
+    if not found:
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped[:5])
+        raise ValueError(
+            f"{flag} {folder}: no usable {what} with a caption. Put it beside a .txt of the same name, "
+            f'or write a captions.jsonl with lines {{"file": "NAME", "caption": "…"}}.{reasons}'
+        )
+    return captions, found, skipped
 
 
 class Folder:
     """A folder of pictures with captions, read into memory (3·S² bytes a picture). What cannot be used is left out and
     listed in `skipped` as (path, reason). ValueError if the folder is missing or nothing in it can be used."""
 
+    group = 1
+
     def __init__(self, folder, size=64):
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise ValueError(f"--data {folder}: there is no such folder (or use --data shapes)")
-        self.size, self.captions, self.skipped, pictures = size, [], [], []
-        for path, caption in tqdm(list(read_captions(folder)), desc=f"reading {folder}", disable=None, leave=False):
-            try:
-                if isinstance(caption, ValueError):
-                    raise caption
-                caption = " ".join(caption.split())
-                if not caption:
-                    raise ValueError("the caption is empty")
-                pictures.append(open_picture(path, size))
-                self.captions.append(caption)
-            except ValueError as reason:
-                self.skipped.append((path, str(reason)))
-        if not pictures:
-            reasons = "".join(f"\n  {path}: {reason}" for path, reason in self.skipped[:5])
-            raise ValueError(
-                f"--data {folder}: no usable picture with a caption. Put NAME.png (or jpg, webp) beside NAME.txt, "
-                f'or write a captions.jsonl with lines {{"file": "NAME.png", "caption": "…"}}.{reasons}'
-            )
+        folder, self.size = Path(folder), size
+        files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES)
+        read = lambda path: open_picture(path, size)
+        self.captions, pictures, self.skipped = read_folder(folder, files, read, "--data", "picture (png, jpg, webp)")
         self.array = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (N, 3, S, S)
 
     def pictures(self, indices):

@@ -7,11 +7,18 @@
 
 The paper trains on the noise target with DiT's linear schedule. The cosine schedule with the velocity target learns
 faster on small latents and short budgets; the demo uses it. A timestep t is an integer in 0…steps-1; 0 is the least
-noise. Letters: B batch, C channels, x noisy latent (B, C, h, w), t (B,).
+noise. Letters: B batch, F frames, C channels, t (B,), x noisy latent (B, C, h, w), or (B, F, C, h, w) for clips: whatever is
+said of pictures here holds for both.
 """
 import math
 
 import torch
+
+
+def channels(output, x):
+    """A network's output, split into as many channels as x (…, C, h, w) has, and the rest (of a learned variance)."""
+    C = x.shape[-3]
+    return output[..., :C, :, :], output[..., C:, :, :]
 
 
 class Diffusion:
@@ -84,7 +91,7 @@ class Diffusion:
         """
         x = self.add_noise(x0, noise, t)
         output = model(x, t)
-        prediction, extra = output[:, : x.shape[1]], output[:, x.shape[1] :]
+        prediction, extra = channels(output, x)
         loss = (prediction - self.target_of(x0, noise, t)).square().flatten(1).mean(1)  # (B,)
         if self.learned_variance:
             loss = loss + self.steps / 1000 * self.variance_bound(x0, x, prediction.detach(), extra, t)
@@ -121,7 +128,8 @@ def _predict(model, diffusion, x, t):
     """Runs the model at one timestep for the whole batch → x_0, ε, and the extra channels of a learned variance."""
     t = torch.full((len(x),), t, device=x.device)
     output = model(x, t)
-    return *diffusion.x0_and_noise(x, output[:, : x.shape[1]], t), output[:, x.shape[1] :]
+    prediction, extra = channels(output, x)
+    return *diffusion.x0_and_noise(x, prediction, t), extra
 
 
 def ddpm(model, diffusion, x, steps, generators):
@@ -175,23 +183,38 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
 def guided(model, condition, null, scale, rescale=0.0, interval=(0.0, 1.0), steps=1000):
     """Classifier-free guidance around any model(x, t, **condition): returns a function of (x, t).
 
+        out(∅) + λ_T (out(c) - out(∅))                                               (Ho & Salimans 2022)
+
     condition and null: dictionaries of tensors with B rows, for the two passes, which run as one batch. scale: λ_T;
     1 is the plain conditional model, in one pass. rescale φ: the guided output's standard deviation is pulled back to
     the conditional one's by this share (Lin et al. 2023, equations 15 and 16). interval: the share of the timesteps,
     0 = clean, 1 = noise, in which to guide (Kynkäänniemi et al. 2024); elsewhere one plain pass.
     All C channels are guided; channels beyond them (learned variance) are the conditional pass's.
     """
-    both = {key: torch.cat([condition[key], null[key]]) for key in condition}
+    return guided_motion(model, condition, null, null, scale, 1.0, rescale, interval, steps)
+
+
+def guided_motion(model, condition, null_text, still, text_scale, motion_scale, rescale=0.0, interval=(0.0, 1.0), steps=1000):
+    """Motion-free guidance (paper, section 3.3) around any model(x, t, **condition): returns a function of (x, t).
+
+        out(∅, ∅) + λ_T (out(c_T, c_M) - out(∅, c_M)) + λ_M (out(∅, c_M) - out(∅, ∅))
+
+    condition: text and motion; null_text: motion, but the null text; still: the null text under the motion-free mask.
+    Passes whose weight is zero are left out: λ_M = 1 is classifier-free guidance in two passes. The rest as in `guided`.
+    """
+    weights = (text_scale, motion_scale - text_scale, 1 - motion_scale)
+    passes = [(w, c) for w, c in zip(weights, (condition, null_text, still)) if w or c is condition]
+    batched = {key: torch.cat([c[key] for _, c in passes]) for key in condition}
 
     def run(x, t):
-        if scale == 1 or not interval[0] <= t[0].item() / steps <= interval[1]:
+        if len(passes) == 1 or not interval[0] <= t[0].item() / steps <= interval[1]:
             return model(x, t, **condition)
-        with_text, without = model(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
-        C = x.shape[1]
-        out = without[:, :C] + scale * (with_text[:, :C] - without[:, :C])
+        outputs = model(torch.cat([x] * len(passes)), torch.cat([t] * len(passes)), **batched).chunk(len(passes))
+        first, extra = channels(outputs[0], x)
+        out = sum(w * channels(o, x)[0] for (w, _), o in zip(passes, outputs))
         if rescale:
-            ratio = with_text[:, :C].flatten(1).std(1) / out.flatten(1).std(1)
+            ratio = first.flatten(1).std(1) / out.flatten(1).std(1)
             out = out * (1 + rescale * (ratio - 1)).view(-1, *[1] * (x.ndim - 1))
-        return torch.cat([out, with_text[:, C:]], dim=1)
+        return torch.cat([out, extra], dim=-3)
 
     return run

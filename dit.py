@@ -5,10 +5,13 @@ other and at the text, and a linear layer turns every token back into a patch:
 
     x (B, C, h, w) → patchify → tokens (B, N, D) → blocks → unpatchify → (B, C, h, w)
 
+A clip, x (B, F, C, h, w), has F·N tokens. All but self-attention, which is each frame's own, and the temporal layers
+(temporal.py) treat them as one row: a clip has one text and one timestep.
+
 Every block is written x ← x + gate · branch(adaLN(x)), with shift, scale and gate computed from c, which holds the
 time and the pooled condition. Gates start at zero (adaLN-Zero), so a new block is the identity.
 
-Letters: B batch, N image tokens, L text tokens, D width, H heads, C latent channels, P patch, E text width;
+Letters: B batch, F frames, N image tokens a frame, L text tokens, D width, H heads, C latent channels, P patch, E text width;
 x noisy latent, t timestep, c the adaLN vector.
 """
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from torch import nn
 
 from attention import MultiHeadAttention
 from conditioning import LabelCondition, TextCondition, modulate
+from temporal import TempSelfAttn
 
 # (depth, width, heads, patch, position_step). S to XL are DiT's; G is the paper's (Table 1), its heads are not stated:
 # ours. mini is ours, for a laptop: its 4×4 tokens stand 4 apart, so that they span what DiT's 16×16 span. One apart,
@@ -49,6 +53,8 @@ class ModelConfig:
     null_tokens: int = 1
     classes: int = 0  # for integration "class"
     qk_norm: bool = False
+    temporal: bool = False  # a video model
+    frame_step: float = 1.0  # from a frame to the next, in the positions' sinusoids
 
     @classmethod
     def of(cls, size, **changes):
@@ -112,8 +118,8 @@ class MLP(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Self-attention → cross-attention → MLP. Self-attention and MLP are modulated by c; cross-attention is a plain
-    pre-norm residual branch (its placement and the lack of a gate follow PixArt-α; the paper does not say)."""
+    """Self-attention → cross-attention → [temporal] → MLP. Self-attention and MLP are modulated by c; cross-attention is a
+    plain pre-norm residual branch (its placement and the lack of a gate follow PixArt-α; the paper does not say)."""
 
     def __init__(self, config):
         super().__init__()
@@ -125,21 +131,26 @@ class Block(nn.Module):
         if config.integration == "cross":
             self.norm_cross = nn.LayerNorm(D, eps=1e-6)
             self.cross_attention = MultiHeadAttention(D, config.heads, config.text_width, config.qk_norm)
+        self.temporal = TempSelfAttn(D, config.heads, config.qk_norm) if config.temporal else None
         self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(D, config.mlp_ratio)
 
-    def forward(self, x, c, text, mask):
-        """x (B, N, D), c (B, D), text (B, L, E), mask (B, L) True = attend → (B, N, D)."""
+    def forward(self, x, c, text, mask, frames=1, positions=None, motion_free=None):
+        """x (B, F·N, D), c (B, D), text (B, L, E), mask (B, L) True = attend → (B, F·N, D). frames: F; positions (F, D)
+        and motion_free as in temporal.py."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # (B, 1, D) each
-        x = x + gate1 * self.self_attention(modulate(self.norm1(x), shift1, scale1))  # (B, N, D)
+        y = modulate(self.norm1(x), shift1, scale1).unflatten(1, (frames, -1)).flatten(0, 1)  # (B·F, N, D)
+        x = x + gate1 * self.self_attention(y).unflatten(0, (-1, frames)).flatten(1, 2)  # (B, F·N, D)
         if self.cross_attention is not None:
-            x = x + self.cross_attention(self.norm_cross(x), text, mask[:, None, None, :])  # (B, N, D)
-        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, N, D)
+            x = x + self.cross_attention(self.norm_cross(x), text, mask[:, None, None, :])  # (B, F·N, D)
+        if self.temporal is not None:
+            x = self.temporal(x, positions, motion_free)  # (B, F·N, D)
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, F·N, D)
         return x
 
 
 class FinalLayer(nn.Module):
-    """adaLN and the linear decoder: tokens (B, N, D) → patches (B, N, P·P·C)."""
+    """adaLN and the linear decoder: tokens (B, F·N, D) → patches (B, F·N, P·P·C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -149,7 +160,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
-        return self.linear(modulate(self.norm(x), shift, scale))  # (B, N, P·P·C)
+        return self.linear(modulate(self.norm(x), shift, scale))  # (B, F·N, P·P·C)
 
 
 class GenTron(nn.Module):
@@ -170,24 +181,28 @@ class GenTron(nn.Module):
         self.final = FinalLayer(config)
         initialise(self)
 
-    def forward(self, x, t, text, mask=None, dropped=None):
+    def forward(self, x, t, text, mask=None, dropped=None, motion_free=None):
         """The network's output for a batch.
 
-        x (B, C, h, w) noisy latent; t (B,) timesteps; text (B, L, E) encoded captions with mask (B, L), True = word,
-        or labels (B,) when integration is "class"; dropped (B,) booleans, True = use the null condition instead.
-        Returns (B, out_channels, h, w). ValueError if the patch does not divide h and w.
+        x (B, C, h, w) noisy latent, or (B, F, C, h, w) clip; t (B,) timesteps; text (B, L, E) encoded captions with mask
+        (B, L), True = word, or labels (B,) when integration is "class"; dropped (B,) booleans, True = use the null
+        condition instead; motion_free: (B,) booleans, True = each frame sees itself alone, or None: nowhere, or True:
+        everywhere.
+        Returns (…, out_channels, h, w). ValueError if the patch does not divide h and w.
         """
-        patch, (h, w) = self.config.patch, x.shape[-2:]
+        patch, (h, w), frames = self.config.patch, x.shape[-2:], x.shape[1] if x.ndim == 5 else 1
         if dropped is None:
             dropped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         text, mask, pooled = self.condition(text, mask, dropped)  # (B, L, E), (B, L), (B, D)
         c = self.time(t) + pooled  # (B, D)
-        x = self.patch_embedding(patchify(x, patch))  # (B, N, D)
+        shape, x = x.shape, self.patch_embedding(patchify(x.reshape(-1, *x.shape[-3:]), patch))  # (B·F, N, D)
         positions = position_embedding(h // patch, w // patch, self.config.width, self.config.position_step, x.device)
-        x = x + positions.to(x.dtype)  # (B, N, D)
+        x = (x + positions.to(x.dtype)).unflatten(0, (-1, frames)).flatten(1, 2)  # (B, F·N, D)
+        positions = sincos(self.config.frame_step * torch.arange(frames, device=x.device), self.config.width)  # (F, D)
         for block in self.blocks:
-            x = block(x, c, text, mask)  # (B, N, D)
-        return unpatchify(self.final(x, c), patch, h, w)  # (B, C, h, w)
+            x = block(x, c, text, mask, frames, positions, motion_free)  # (B, F·N, D)
+        x = self.final(x, c).unflatten(1, (frames, -1)).flatten(0, 1)  # (B·F, N, P·P·C)
+        return unpatchify(x, patch, h, w).view(*shape[:-3], -1, h, w)  # (B, [F,] C, h, w)
 
 
 @torch.no_grad()
@@ -207,5 +222,7 @@ def initialise(model):
         nn.init.zeros_(block.modulation[1].weight)  # shift, scale and gate 0: the block starts as the identity
         if block.cross_attention is not None:
             nn.init.zeros_(block.cross_attention.out.weight)  # no gate there, so its output starts at zero instead
+        if block.temporal is not None:
+            nn.init.zeros_(block.temporal.attention.out.weight)  # the paper's: a new video model is its image model
     nn.init.zeros_(model.final.modulation[1].weight)
     nn.init.zeros_(model.final.linear.weight)  # the model starts by predicting 0, the mean of noise and velocity

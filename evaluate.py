@@ -2,10 +2,12 @@
 
     python evaluate.py                 the newest run on shapes: six columns, seen and unseen combinations
     python evaluate.py                 the newest run on a folder: how many samples look like their caption's picture
+    python evaluate.py --video         the newest video run: motion, and the six columns frame by frame
+    python evaluate.py --video --sweep FILE.png    the same over guidance scales, as curves
 
 The columns are T2I-CompBench's (Huang et al. 2023): color, shape, texture, spatial, non-spatial (here comparisons of
-size) and complex. The judge looks at pixels alone: it finds the things in a picture and says what each is; only then is
-that compared with the words. A prompt scores 1 if all that its column asks for is right, else 0:
+size) and complex. The judge (judge.py) sees pixels alone. A prompt scores 1 if all that its column asks for is right,
+else 0:
 
     color, shape, texture   each named thing, found by its other attributes, has the attribute that the prompt says
     spatial, non_spatial    the two named things are there (colour and shape), and the relation between them holds
@@ -13,8 +15,11 @@ that compared with the words. A prompt scores 1 if all that its column asks for 
 
 and in every column there must be as many things as were named. "unseen" prompts each hold a pair of colour and shape,
 or of texture and shape, that no training picture has.
+
+Of clips, `motion`, `identity`, `flicker` and `amount` are judge_clip's, over prompts of all motions, one thing and two,
+half of them with colours or textures that pictures have and clips have not (identity: on these alone); `frames` are the
+six columns, of two things that move together, as the mean over frames.
 """
-import itertools
 import json
 import random
 import sys
@@ -25,9 +30,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import attention
+import clips
 import data
-from data import COLOURS, SHAPES, SIZES, TEXTURES, Thing, distance, texture_share
-from sample import TextToImage, device_of, from_bytes, newest_run, parse_flags
+import pictures
+from clips import MOTIONS
+from data import TEXTURES, Thing
+from judge import judge, judge_clip, look
+from sample import Pipeline, device_of, from_bytes, newest_run, parse_flags
 
 COLUMNS = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 
@@ -36,7 +46,8 @@ COLUMNS = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 class Prompt:
     text: str
     things: tuple  # what the text says, as Things; their places mean nothing
-    relation: str | None  # between the first two
+    relation: str | None = None  # between the first two
+    motions: tuple = ()  # of clips: one a thing
 
 
 def prompts(column, unseen, count, seed=0):
@@ -65,139 +76,6 @@ def prompts(column, unseen, count, seed=0):
     return found
 
 
-# -------------------------------------------------------------------------------------------------------- the judge
-
-
-def components(mask):
-    """Connected regions (8 neighbours) of a boolean picture: a list of (row indices, column indices)."""
-    label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:  # every pixel takes its neighbours' largest label until nothing changes
-        padded = np.pad(label, 1)
-        height, width = label.shape
-        largest = np.max([padded[i : i + height, j : j + width] for i in range(3) for j in range(3)], axis=0)
-        largest = np.where(mask, largest, 0)
-        if (largest == label).all():
-            return [np.nonzero(label == value) for value in np.unique(label) if value]
-        label = largest
-
-
-def eroded(mask):
-    """The pixels of a boolean picture whose four neighbours belong to it too; all of them if that leaves too few."""
-    p = np.pad(mask, 1, constant_values=True)
-    inner = mask & p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
-    return inner if inner.sum() > 3 else mask
-
-
-def name_colour(pixels):
-    """The nearest name to the brighter half (the other half may be a texture's dark tone) of pixels (K, 3)."""
-    value = pixels.max(1)
-    colour = np.median(pixels[value >= np.median(value)], axis=0)
-    hue = {name: np.array(c) / max(c) for name, c in COLOURS.items()}  # blurred textures are darker, of the same hue
-    return min(hue, key=lambda name: np.square(colour / max(colour.max(), 1) - hue[name]).sum())
-
-
-def look(picture):
-    """What is in a picture? (S, S, 3) uint8 → a list of Things, from pixels alone.
-
-    Background: the commonest colour at the border. Foreground: what differs from it, in connected regions of some size.
-    Colour: the nearest name to a region's inner pixels. Shape: the outline that fits its silhouette best. Texture:
-    the pattern that fits its brightness best. Size: by area.
-    """
-    S = len(picture)
-    image = picture.astype(np.float32)
-    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    background = np.median(border, axis=0)
-    contrast = np.abs(image - background).max(-1)
-    found = []
-    # a pixel at an edge, which two near things may share, is much paler than its neighbours: it parts the things
-    strongest = np.max([np.roll(contrast, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)], axis=0)
-    for rows, columns in components((contrast > 48) & (contrast > 0.45 * strongest)):
-        if len(rows) < 0.006 * S * S:
-            continue
-        top, bottom = max(0, rows.min() - 1), min(S, rows.max() + 2)
-        left, right = max(0, columns.min() - 1), min(S, columns.max() + 2)
-        window = image[top:bottom, left:right]
-        own = np.zeros(window.shape[:2], bool)
-        own[rows - top, columns - left] = True
-        colour = name_colour(window[eroded(own)])
-        # how much of each pixel in and beside the region it covers, 0…1
-        full = np.abs(np.array(COLOURS[colour]) - background).max()
-        beside = ~eroded(~own)
-        cover = np.where(beside, contrast[top:bottom, left:right] / full, 0).clip(0, 1)
-        x = (left + right) / 2
-        y = (top + bottom) / 2
-        r = np.sqrt(cover.sum() / np.pi)
-        shape, x, y, r = best_shape(cover, left, top, x, y, r)
-        texture = best_texture(window, left, top, shape, x, y, r, colour, S)
-        size = min(SIZES, key=lambda s: abs(np.log(SIZES[s] * S / r)))
-        found.append(Thing(shape, colour, texture, size, x / S, y / S, r / S))
-    return found
-
-
-def grid(window, left, top, x, y):
-    """Pixel centres of a window (h, w) relative to candidates' centres x, y (K, 1, 1): two arrays (K, h, w)."""
-    u = np.arange(left, left + window.shape[1], dtype=np.float32)[None, None, :] + 0.5 - x
-    v = np.arange(top, top + window.shape[0], dtype=np.float32)[None, :, None] + 0.5 - y
-    return np.broadcast_arrays(u, v)
-
-
-def candidates(*choices):
-    """All combinations, as one (K, 1, 1) array for each list of choices."""
-    return (np.array(c, np.float32)[:, None, None] for c in zip(*itertools.product(*choices)))
-
-
-def best_shape(cover, left, top, x, y, r):
-    """The shape, centre and radius whose outline is nearest to a silhouette `cover` (h, w)."""
-    dx, dy, scale = candidates((-0.6, 0, 0.6), (-0.6, 0, 0.6), (0.94, 1.0, 1.06))
-    u, v = grid(cover, left, top, x + dx, y + dy)
-    best = (np.inf, None)
-    for shape in SHAPES:
-        outline = (0.5 - distance(shape, u / (r * scale), v / (r * scale)) * r * scale).clip(0, 1)
-        error = np.square(outline - cover).sum((1, 2))  # (K,)
-        k = error.argmin()
-        if error[k] < best[0]:
-            best = (error[k], (shape, x + dx[k, 0, 0], y + dy[k, 0, 0], r * scale[k, 0, 0]))
-    return best[1]
-
-
-def best_texture(window, left, top, shape, x, y, r, colour, S):
-    """The texture whose pattern is nearest to a window (h, w, 3), well inside the outline."""
-    dx, dy = candidates((-0.7, 0, 0.7), (-0.7, 0, 0.7))
-    u, v = grid(window[..., 0], left, top, x + dx, y + dy)
-    inside = distance(shape, u[4] / r, v[4] / r) * r < -1.0  # candidate 4 of 9 is the middle
-    if not inside.any():
-        return "solid"
-    dark = ((1 - window.max(-1) / max(COLOURS[colour])) / 0.72).clip(0, 1)
-    errors = {
-        texture: np.square(texture_share(texture, u, v, data.PERIOD * S) - dark)[:, inside].mean(1).min()
-        for texture in TEXTURES
-    }
-    return min(errors, key=errors.get)
-
-
-def judge(found, prompt, column):
-    """1.0 if a list of Things, as look() gives it, is what the prompt says in what the column asks for, else 0.0."""
-    named = prompt.things
-    if len(found) != len(named):
-        return 0.0
-    asked = {"color": ["colour"], "shape": ["shape"], "texture": ["texture"], "complex": ["colour", "shape", "texture"]}
-    asked = asked.get(column, ["colour", "shape"])
-    other = [key for key in ("shape", "colour") if key not in asked] or ["shape", "colour"]
-
-    def agree(pairs, keys):
-        return sum(getattr(a, key) == getattr(b, key) for a, b in pairs for key in keys)
-
-    # name the found things by the other attributes first; where that leaves a choice, do not choose in favour
-    orders = (list(zip(named, order)) for order in itertools.permutations(found))
-    pairs = max(orders, key=lambda p: (agree(p, other), -agree(p, asked)))
-    if agree(pairs, asked) < len(named) * len(asked):
-        return 0.0
-    matched = [b for _, b in pairs]
-    if column == "complex" and any(a.size and a.size != b.size for a, b in pairs):
-        return 0.0
-    return float(prompt.relation is None or data.holds(prompt.relation, *matched[:2]))
-
-
 # ---------------------------------------------------------------------------------------------------- the benchmark
 
 
@@ -211,6 +89,58 @@ def composition(generate, count=100, seed=0):
         points = [judge(look(image), p, column) for image, (column, p) in zip(images, asked)]
         scores[name] = {c: float(np.mean(points[i * count : (i + 1) * count])) for i, c in enumerate(COLUMNS)}
         scores[name]["mean"] = float(np.mean(list(scores[name].values())))
+    return scores
+
+
+def motion_prompts(count, seed=0):
+    """`count` prompts for clips: all motions in turn, with one thing and with two (which move alike or each its own way),
+    with attributes that training clips have and with some that only pictures have. The same arguments give the same."""
+    rng, found, kinds = random.Random(f"motion {seed}"), [], list(MOTIONS)
+    while len(found) < count:
+        turn, i = divmod(len(found), len(kinds))
+        motions = [kinds[i]] + [rng.choice([kinds[i], rng.choice(kinds)])] * (turn % 2)
+        things = [data.random_thing(rng) for _ in motions]
+        if only_in_pictures(things) != (turn // 2 % 2 == 1) or len({(t.colour, t.shape) for t in things}) < len(things):
+            continue
+        if clips.random_path(things, motions, None, rng, 8):  # can be drawn
+            text = clips.describe(things, motions, None, rng)
+            found.append(Prompt(text, tuple(clips.unsized(things, motions)), motions=tuple(motions)))
+    return found
+
+
+def only_in_pictures(things):
+    """Whether some thing has a colour or texture that no training clip has."""
+    return any(thing.colour not in clips.COLOURS or thing.texture not in clips.TEXTURES for thing in things)
+
+
+def moving_prompts(column, count, seed=0):
+    """`count` of a column's prompts that name two things, which move together."""
+    rng, found = random.Random(f"moving {column} {seed}"), []
+    for prompt in prompts(column, False, 20 * count, seed):
+        motions = [rng.choice(list(MOTIONS))] * 2
+        things = data.sized(prompt.things, prompt.relation, rng)
+        if len(things) == 2 and len(found) < count and clips.random_path(things, motions, prompt.relation, rng, 8):
+            things = tuple(clips.unsized(prompt.things, motions))
+            found.append(Prompt(clips.describe(things, motions, prompt.relation, rng), things, prompt.relation, tuple(motions)))
+    return found
+
+
+def motion(generate, count=100, seed=0):
+    """Scores of a video model. generate: list of prompts → (B, F, 3, S, S) uint8; count: prompts for motion, and a fifth
+    of it for each column. Returns {motion, motion_one (one thing that moves), identity, flicker, amount, frames}."""
+    asked = motion_prompts(count, seed)
+    of_columns = {column: moving_prompts(column, max(1, count // 5), seed) for column in COLUMNS}
+    made = generate([p.text for p in [*asked, *sum(of_columns.values(), [])]]).permute(0, 1, 3, 4, 2).numpy()
+    points = [judge_clip(clip, p.things, p.motions)[0] for clip, p in zip(made, asked)]
+    average = lambda key, chosen: float(np.mean([s[key] for s, p in zip(points, asked) if chosen(p)]))
+    everything = lambda p: True
+    scores = {key: average(key, everything) for key in ("motion", "flicker", "amount")}
+    scores["motion_one"] = average("motion", lambda p: len(p.things) == 1 and p.motions[0] != "standing still")
+    scores["identity"] = average("identity", lambda p: only_in_pictures(p.things))
+    rest, scores["frames"] = iter(made[len(asked) :]), {}
+    for column, chosen in of_columns.items():
+        scores["frames"][column] = float(np.mean([judge(look(f), p, column) for p in chosen for f in next(rest)]))
+    scores["frames"]["mean"] = float(np.mean(list(scores["frames"].values())))
     return scores
 
 
@@ -237,14 +167,45 @@ def table(scores):
     return "\n".join(rows)
 
 
+def video_table(scores):
+    """The scores of clips as lines of text."""
+    keys = ("motion", "motion_one", "identity", "flicker", "amount")
+    names, frames = (*COLUMNS, "mean"), scores["frames"]
+    return "\n".join([
+        "".join(key.rjust(13) for key in keys), "".join(f"{scores[key]:13.3f}" for key in keys),
+        "frames".ljust(8) + "".join(name.rjust(13) for name in names), " " * 8 + "".join(f"{frames[name]:13.3f}" for name in names),
+    ])  # fmt: skip
+
+
+def sweep(generate, count, seed, path, motions=(0.0, 1.0, 1.1, 1.2, 1.3, 1.6, 2.0), texts=(1.0, 2.0, 4.0, 7.5)):
+    """Scores over λ_M at λ_T = 2, and over λ_T at λ_M = 1, printed and drawn as curves to path. Returns them."""
+    rows = {}
+    for lambda_t, lambda_m in [(2.0, m) for m in motions] + [(t, 1.0) for t in texts if t != 2.0]:
+        s = motion(lambda prompts: generate(prompts, lambda_t, lambda_m), count, seed)
+        rows[lambda_t, lambda_m] = s | {"frames": s["frames"]["mean"]}
+        print(f"λ_T {lambda_t:g} λ_M {lambda_m:g}: " + "  ".join(f"{k} {v:.3f}" for k, v in rows[lambda_t, lambda_m].items()))
+    panels = []
+    for title, xs, points in (
+        ("over λ_M, at λ_T = 2", motions, [(2.0, m) for m in motions]),
+        ("over λ_T, at λ_M = 1", texts, [(t, 1.0) for t in texts]),
+    ):
+        series = {key: (xs, [rows[p][key] for p in points]) for key in ("motion", "identity", "amount", "frames")}
+        panels.append(pictures.curves(series, title, (480, 320), logarithmic=False))
+    pictures.side_by_side(panels).save(path)
+    return {"sweep": [dict(lambda_t=t, lambda_m=m, **s) for (t, m), s in rows.items()]}
+
+
 @dataclass
 class Config:
     checkpoint: str = ""  # a run's folder; the newest one if not given
     json: str = ""  # a file for the scores, and for what made them
-    prompts: int = 100  # a column
+    prompts: int = 100  # a column; of clips: for motion, and a fifth of it a column
     sampler: str = "dpm"
     steps: int = 16
-    guidance: float = 2.0
+    lambda_t: float = 2.0
+    lambda_m: float = 1.0
+    video: bool = False
+    sweep: str = ""  # with --video: a file for the curves over --lambda-m and --lambda-t
     seed: int = 0
     batch_size: int = 100
     device: str = "auto"
@@ -257,18 +218,28 @@ def main(arguments):
     for field in ("prompts", "batch_size"):
         if getattr(config, field) < 1:
             raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be at least 1")
-    folder = config.checkpoint or newest_run()
-    model = TextToImage.load(folder).to(device_of(config.device))
+    folder, device = config.checkpoint or newest_run("video" if config.video else "image"), device_of(config.device)
+    attention.use("auto", device)
+    model = Pipeline.load(folder).to(device)
     source = model.config["flags"]["data"]
 
-    def generate(texts):
-        parts = [texts[i : i + config.batch_size] for i in range(0, len(texts), config.batch_size)]
+    if config.video != model.transformer.config.temporal:
+        raise ValueError(f"{folder} holds {'an image' if config.video else 'a video'} model: {'leave out' if config.video else 'give'} --video")
+    size = max(1, config.batch_size // (model.config["frames"] if config.video else 1))
+
+    def generate(texts, lambda_t=config.lambda_t, lambda_m=config.lambda_m):
+        parts = [texts[i : i + size] for i in range(0, len(texts), size)]
         return torch.cat([
-            model.generate(part, config.seed, config.sampler, config.steps, config.guidance)
+            model.generate(part, config.seed, config.sampler, config.steps, lambda_t, lambda_m)
             for part in tqdm(parts, desc="sampling", disable=None, leave=False)
         ])  # fmt: skip
 
-    if source == "shapes":
+    if config.sweep:
+        scores = sweep(generate, config.prompts, config.seed, config.sweep)
+    elif config.video:
+        scores = motion(generate, config.prompts, config.seed)
+        print(video_table(scores))
+    elif source == "shapes":
         scores = composition(generate, config.prompts, config.seed)
         print(table(scores))
     else:
@@ -276,7 +247,7 @@ def main(arguments):
         scores = {"retrieval": retrieval(model, dataset, generate, config.prompts, config.seed)}
         print(f"nearest training picture is the caption's own: {scores['retrieval']:.2f} of {config.prompts} captions")
     if config.json:
-        made_by = {key: getattr(config, key) for key in ("seed", "sampler", "steps", "guidance", "prompts")}
+        made_by = {key: getattr(config, key) for key in ("seed", "sampler", "steps", "lambda_t", "lambda_m", "prompts")}
         scores |= {"checkpoint": str(folder), **made_by}
         Path(config.json).write_text(json.dumps(scores, indent=1) + "\n")
 

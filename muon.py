@@ -4,7 +4,7 @@
 
 A Newton–Schulz iteration gives UVᵀ nearly, with products alone. The factor 0.2 sqrt(…) makes an update as large as
 AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon is the same
-rule; this one runs the iteration in fp32 (its bf16 is slow on most CPUs) and on all matrices of one shape at once.
+rule; this one iterates in the dtype it is given (bf16 is slow on many CPUs), and on all matrices of one shape at once.
 """
 import torch
 
@@ -24,8 +24,9 @@ class Muon(torch.optim.Optimizer):
     """For weight matrices (convolution kernels count as matrices of their output channels) inside the network; the
     rest, and the first and last layer, are better left to AdamW."""
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype  # of the iteration
 
     @torch.no_grad()
     def step(self):
@@ -40,7 +41,7 @@ class Muon(torch.optim.Optimizer):
                     m = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     m.lerp_(p.grad, 1 - group["momentum"])  # the sum in the docstring, but for a factor that is divided away
                     updates.append(torch.lerp(p.grad, m, group["momentum"]).flatten(1))
-                updates = orthogonalise(torch.stack(updates))
+                updates = orthogonalise(torch.stack(updates).to(self.dtype)).to(same[0].dtype)
                 size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
                 for p, update in zip(same, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -1,4 +1,6 @@
-"""Results as pictures: a grid with captions, and curves. Pillow does the drawing."""
+"""Results as pictures: a grid with captions, clips as animations and contact sheets, and curves. Pillow does the drawing."""
+import shutil
+import subprocess
 import textwrap
 
 import numpy as np
@@ -28,27 +30,70 @@ def grid(pictures, captions=None, columns=None, zoom=2):
     return sheet
 
 
-def curves(series, title, size=(720, 360)):
-    """{name: (x values, y values)} → a Pillow image of lines over a logarithmic y axis."""
+ANIMATED = (".gif", ".webp", ".mp4")
+
+
+def animation(clips, captions, fps, path, zoom=2):
+    """(B, F, 3, S, S) uint8 → one animated grid, written to path (.gif, .webp, or through the program ffmpeg .mp4).
+    ValueError if the program is needed and missing, or fails."""
+    columns = min(len(clips), 6)
+    frames = [grid(clips[:, i], captions, columns, zoom) for i in range(clips.shape[1])]
+    if path.suffix != ".mp4":
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0, lossless=True)
+        return
+    if shutil.which("ffmpeg") is None:
+        raise ValueError(f"{path}: to write mp4 install the program ffmpeg (on Debian: apt-get install ffmpeg)")
+    width, height = frames[0].size
+    command = ["ffmpeg", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps),
+               "-i", "-", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p", str(path)]  # fmt: skip
+    result = subprocess.run(command, input=b"".join(frame.tobytes() for frame in frames), capture_output=True)
+    if result.returncode:
+        raise ValueError(f"ffmpeg cannot write {path}: {result.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+
+
+def sheet(clips, captions, zoom=1):
+    """(B, F, 3, S, S) uint8 → one Pillow image: a row a clip, its frames from left to right, its caption below."""
+    rows = [grid(clip, columns=len(clip), zoom=zoom) for clip in clips]
+    width, height = rows[0].size
+    image = Image.new("RGB", (width, (height + 16) * len(rows)), "white")
+    pen = ImageDraw.Draw(image)
+    for i, (row, caption) in enumerate(zip(rows, captions)):
+        image.paste(row, (0, (height + 16) * i))
+        pen.text((5, (height + 16) * i + height - 1), caption, fill="black", font=font())
+    return image
+
+
+def side_by_side(images):
+    """Pillow images of one height → one."""
+    whole = Image.new("RGB", (sum(image.width for image in images), images[0].height), "white")
+    for i, image in enumerate(images):
+        whole.paste(image, (sum(other.width for other in images[:i]), 0))
+    return whole
+
+
+def curves(series, title, size=(720, 360), logarithmic=True):
+    """{name: (x values, y values)} → a Pillow image of lines over a logarithmic y axis, or a linear one from 0."""
     width, height = size
     left, right, top, bottom = 64, width - 16, 36, height - 32
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
+    scaled = lambda y: np.log10(np.maximum(y, 1e-9)) if logarithmic else np.asarray(y, float)
     xs = np.concatenate([np.asarray(x, float) for x, _ in series.values()])
-    ys = np.log10(np.maximum(np.concatenate([np.asarray(y, float) for _, y in series.values()]), 1e-9))
-    x_low, x_high, y_low, y_high = xs.min(), max(xs.max(), xs.min() + 1), ys.min() - 0.02, ys.max() + 0.02
+    ys = np.concatenate([scaled(y) for _, y in series.values()])
+    x_low, x_high = xs.min(), max(xs.max(), xs.min() + 1)
+    y_low, y_high = (ys.min() - 0.02, ys.max() + 0.02) if logarithmic else (0.0, ys.max() * 1.02)
 
     def point(x, y):
         x = left + (x - x_low) / (x_high - x_low) * (right - left)
-        return x, bottom - (np.log10(max(y, 1e-9)) - y_low) / (y_high - y_low) * (bottom - top)
+        return x, bottom - (float(scaled(y)) - y_low) / (y_high - y_low) * (bottom - top)
 
     pen.text((left, 8), title, fill="black", font=font(14))
     for share in np.linspace(0, 1, 5):
         y = bottom - share * (bottom - top)
+        value = y_low + share * (y_high - y_low)
         pen.line([(left, y), (right, y)], fill=(225, 225, 225))
-        pen.text((6, y - 7), f"{10 ** (y_low + share * (y_high - y_low)):.3g}", fill="black", font=font())
-        x = x_low + share * (x_high - x_low)
-        pen.text((left + share * (right - left) - 10, bottom + 8), f"{x:.0f}", fill="black", font=font())
+        pen.text((6, y - 7), f"{10**value if logarithmic else value:.3g}", fill="black", font=font())
+        pen.text((left + share * (right - left) - 10, bottom + 8), f"{x_low + share * (x_high - x_low):{'.0f' if logarithmic else '.3g'}}", fill="black", font=font())
     palette = [(30, 90, 200), (220, 60, 40), (40, 150, 70), (150, 60, 180), (230, 140, 20), (20, 160, 170)]
     for i, (name, (x, y)) in enumerate(series.items()):
         if len(x) > 1:

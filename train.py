@@ -2,35 +2,32 @@
 
     python train.py autoencoder      pictures → latents and back
     python train.py image            captions → latents, with that autoencoder frozen
+    python train.py video            the image model, given temporal layers, on clips and pictures together
 
 A run leaves in its folder: model.safetensors (EMA weights and the whole config; what sample.py and evaluate.py read),
 checkpoint.pt (to --resume), metrics.jsonl, loss.png and samples/. Every field of Config is a flag.
-
-Step i of a run draws its batch and its noise from (seed, i) alone. A resumed run is therefore the same, bit for bit,
-as one that was never interrupted, and there is no random state to save.
+The loop that all stages share is loop.py.
 """
 import dataclasses
-import functools
 import json
-import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import attention
 import autoencoder as autoencoders
+import clips
 import data
 import pictures
 import weights
 from autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from dit import SIZES, ModelConfig
-from muon import Muon
-from sample import TextToImage, device_of, from_bytes, parse_flags, to_bytes, words_of
+from loop import batch_indices, fit
+from sample import Pipeline, device_of, from_bytes, parse_flags, to_bytes, words_of
+from temporal import inflate
 from text_encoders import T5Config, Tokenizer
 
 
@@ -41,6 +38,14 @@ class Config:
     size: str = "mini"
     data: str = "shapes"  # or a folder of pictures with captions
     image_size: int = 64  # pixels, each way
+    clips: str = "shapes"  # video: or a folder of clips with captions; the pictures are those of --data
+    frames: int = 8
+    fps: int = 4  # frames a second, of clips from a folder
+    p_motion_free: float = 0.25  # share of a video batch that is pictures, repeated, under the motion-free mask
+    joint: bool = True  # false: no pictures, clips only
+    motion_free_mask: bool = True  # false: the pictures are still clips like any other
+    only_temporal: bool = False  # true: the image model's weights stay as they are
+    init: str = ""  # video: the image run to start from; runs/image-DATA if not given
     integration: str = "cross"  # cross: text by cross-attention; adaln: pooled text alone
     out: str = ""  # the run's folder; runs/STAGE-DATA if not given
     autoencoder: str = ""  # an autoencoder's run; runs/autoencoder-DATA if not given, trained first if missing
@@ -66,7 +71,8 @@ class Config:
     sample_every: int = 0  # 0: four times a run
     checkpoint_every: int = 500
     resume: bool = False
-    fused: bool = True  # false: the written-out attention
+    precision: str = "auto"  # fp32, bf16 (weights stay fp32), or auto: bf16 where this machine multiplies it faster
+    attention: str = "auto"  # fused, written, or auto: written on a CPU
     device: str = "auto"
 
 
@@ -75,11 +81,13 @@ PAPER = dict(
     optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear", target="noise", shift=1.0, qk_norm=False,
     batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100,
 )  # fmt: skip
-STEPS = {"autoencoder": 800, "image": 1500}  # the demo's
+STEPS = {"autoencoder": 1000, "image": 1500, "video": 1200}  # the demo's
+VIDEO = dict(batch_size=16)
 AUTOENCODER = dict(optimizer="muon", batch_size=16, lr=2e-3, cooldown=0.5)
 
 
 CHOICES = dict(
+    precision=("auto", "fp32", "bf16"),
     optimizer=("adamw", "muon"), schedule=("linear", "cosine"), target=("noise", "velocity", "x0"), integration=("cross", "adaln")
 )  # fmt: skip
 
@@ -93,200 +101,29 @@ def read_flags(stage, arguments):
         raise ValueError(f"{rest[0]!r} is not a flag; flags look like --size mini")
     if given.size not in SIZES:
         raise ValueError(f"--size {given.size}: not one of {', '.join(SIZES)}")
-    recipe = AUTOENCODER if stage == "autoencoder" else PAPER if given.size != "mini" else {}
+    recipe = AUTOENCODER if stage == "autoencoder" else PAPER if given.size != "mini" else VIDEO if stage == "video" else {}
     named = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     config = Config(**defaults | recipe | {name: getattr(given, name) for name in named})
     name = Path(config.data).name or "data"
     config.steps = config.steps or STEPS[stage]
     config.out = config.out or f"runs/{stage}-{name}"
     config.autoencoder = config.autoencoder or f"runs/autoencoder-{name}"
+    config.init = config.init or f"runs/image-{name}"
     config.sample_every = config.sample_every or max(1, config.steps // 4)
     for field, choices in CHOICES.items():
         if getattr(config, field) not in choices:
             raise ValueError(f"--{field} {getattr(config, field)}: not one of {', '.join(choices)}")
     if config.image_size % 16 or config.image_size < 16:
         raise ValueError(f"--image-size {config.image_size}: must be a multiple of 16")
-    for field in ("batch_size", "steps", "log_every", "sample_every", "checkpoint_every", "latent_channels", "text_depth"):
+    if not 0 <= config.p_motion_free < 1:
+        raise ValueError(f"--p-motion-free {config.p_motion_free}: must be at least 0 and less than 1")
+    if config.frames < 2:
+        raise ValueError(f"--frames {config.frames}: a clip has at least 2")
+    for field in ("batch_size", "steps", "fps", "log_every", "sample_every", "checkpoint_every", "latent_channels", "text_depth"):
         if getattr(config, field) < 1:
             raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be at least 1")
     device_of(config.device)
     return config
-
-
-def make_optimizers(config, model):
-    """Muon for the matrices inside the blocks (not the adaLN tables, whose input is one vector a sample), AdamW for
-    the rest; or AdamW for all. Returns a list."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inside = [
-        p for name, p in named
-        if config.optimizer == "muon" and p.ndim >= 2 and "modulation" not in name
-        and any(part in name for part in ("blocks.", "coder.")) and min(p.shape[:2]) >= 48
-    ]  # fmt: skip
-    chosen = set(map(id, inside))
-    rest = [p for _, p in named if id(p) not in chosen]
-    adamw = torch.optim.AdamW(rest, config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
-    return ([Muon(inside, config.lr, weight_decay=config.weight_decay)] if inside else []) + [adamw]
-
-
-def learning_rate(config, step):
-    """The share of --lr at a step: rises over `warmup`, stays, and falls over the last `cooldown` of the run."""
-    left = (config.steps - step) / max(1, config.cooldown * config.steps)
-    return min(1.0, (step + 1) / (config.warmup + 1), left)
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(count, seed, epoch):
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-
-
-def batch_indices(step, count, batch_size, seed):
-    """The indices of batch `step` in an endless row of shuffled epochs over `count` samples: (batch_size,) integers."""
-    position = torch.arange(step * batch_size, (step + 1) * batch_size)
-    return torch.stack([permutation(count, seed, p // count)[p % count] for p in position.tolist()])
-
-
-def matmul_rate(device, n=2048, repeats=4):
-    """FLOP/s of a square fp32 product on this machine: the yardstick for the step's own rate."""
-    a = torch.randn(n, n, device=device)
-    best = 0.0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
-class Log:
-    """metrics.jsonl and loss.png. On resume, keeps what was logged before the checkpoint's step."""
-
-    def __init__(self, folder, step):
-        self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def __call__(self, **row):
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def draw(self):
-        rows = [row for row in self.rows if "loss" in row]
-        series = {"loss": ([row["step"] for row in rows], [row["loss"] for row in rows])}
-        for i in range(len(rows[0].get("loss_bins", [])) if rows else 0):
-            points = [(row["step"], row["loss_bins"][i]) for row in rows if row["loss_bins"][i] is not None]
-            series[f"t in {i}/4…{i + 1}/4"] = tuple(zip(*points)) if points else ([], [])
-        if rows:
-            pictures.curves(series, "training loss, and by timestep", (720, 360)).save(self.path.parent / "loss.png")
-
-
-def by_bin(values, shares, bins=4):
-    """Mean of values (K,) in each quarter of shares (K,) in 0…1; None where there is none."""
-    which = (shares * bins).long().clamp(max=bins - 1)
-    return [values[which == i].mean().item() if (which == i).any() else None for i in range(bins)]
-
-
-def fit(config, model, batch_loss, preview, save):
-    """The loop that all stages share.
-
-    batch_loss(step, generator) → losses (B,) and what they depend on, shares (B,) in 0…1 or None; preview(step) draws
-    from the EMA weights; save(state) writes the run's model from an EMA state.
-    """
-    folder, device = Path(config.out), next(model.parameters()).device
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ema = {name: p.detach().clone() for name, p in trained.items()}
-    optimizers, first = make_optimizers(config, model), 0
-    checkpoint = folder / "checkpoint.pt"
-    if config.resume:
-        first = load_checkpoint(checkpoint, config, trained, ema, optimizers)
-    log, rate = Log(folder, first), matmul_rate(device)
-    with FlopCounterMode(display=False) as counter:  # on a step of its own: counting may change the last bits of a result
-        batch_loss(first, torch.Generator().manual_seed(0))[0].mean().backward()
-    flops = counter.get_total_flops()
-    model.zero_grad(set_to_none=True)
-    count = sum(p.numel() for p in trained.values())
-    print(f"{folder}: {count / 1e6:.1f}M trained parameters on {device}, steps {first}…{config.steps}")
-
-    def write(step):
-        weights_now = dict(model=trained, ema=ema, optimizers=[o.state_dict() for o in optimizers])
-        torch.save(weights_now | dict(step=step, config=dataclasses.asdict(config)), f"{checkpoint}.tmp")
-        os.replace(f"{checkpoint}.tmp", checkpoint)
-        save(model.state_dict() | ema)
-        log.draw()
-
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=None, mininterval=1)
-    losses, shares, since, begin = [], [], time.perf_counter(), first
-    step = first
-    try:
-        for step in bar:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * learning_rate(config, step)
-            loss, share = batch_loss(step, generator)
-            loss.mean().backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            decay = min(config.ema, (1 + step) / (10 + step))  # warm-up: a short run must not average its first noise
-            torch._foreach_lerp_(list(ema.values()), list(trained.values()), 1 - decay)
-            losses.append(loss.detach())
-            shares.append(share)
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                loss = torch.cat(losses)
-                bins = dict(loss_bins=by_bin(loss, torch.cat(shares))) if share is not None else {}
-                speed = (done - begin) / (time.perf_counter() - since) if done > begin else 0.0
-                log(step=done, loss=loss.mean().item(), **bins, grad_norm=norm.item(), lr=config.lr * learning_rate(config, step),
-                    samples_per_s=speed * config.batch_size, mfu=speed * flops / rate)  # fmt: skip
-                bar.set_postfix(loss=f"{loss.mean():.4f}", mfu=f"{speed * flops / rate:.2f}", refresh=False)
-                losses, shares, since, begin = [], [], time.perf_counter(), done
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                write(done)
-            if done % config.sample_every == 0 or done == config.steps:
-                raw = {name: p.detach().clone() for name, p in trained.items()}
-                torch._foreach_copy_([p.data for p in trained.values()], list(ema.values()))
-                preview(done)
-                torch._foreach_copy_([p.data for p in trained.values()], list(raw.values()))
-    except KeyboardInterrupt:
-        bar.close()
-        print(f"\nstopped in step {step + 1}. Go on from the last checkpoint with the same command and --resume")
-        sys.exit(130)
-    with torch.no_grad():
-        torch._foreach_copy_([p.data for p in trained.values()], list(ema.values()))  # the caller goes on with the EMA
-    bins = log.rows[-1].get("loss_bins") if log.rows else None
-    if bins:
-        print("loss by timestep, clean to noise:", "  ".join("-" if b is None else f"{b:.3f}" for b in bins))
-    if log.rows:
-        print(f"model FLOP utilisation {log.rows[-1]['mfu']:.2f} of the {rate / 1e9:.0f} GFLOP/s of a matrix product here")
-    return log
-
-
-def load_checkpoint(path, config, trained, ema, optimizers):
-    """Fills weights, EMA and optimizers from a run's checkpoint; returns the number of steps done. Nothing in the file
-    is executed. ValueError if it is missing, damaged or of another model."""
-    if not path.exists():
-        raise ValueError(f"--resume: there is no {path}; start without --resume")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or holds more than weights: {str(error).splitlines()[0]}") from None
-    for key in ("size", "data", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer", "schedule", "target"):
-        if saved["config"].get(key) != getattr(config, key):
-            flag = f"--{key.replace('_', '-')}"
-            raise ValueError(f"--resume: {path} was made with {flag} {saved['config'].get(key)}, not {getattr(config, key)}")
-    shapes = {name: p.shape for name, p in saved["model"].items()}
-    if shapes != {name: p.shape for name, p in trained.items()}:
-        raise ValueError(f"--resume: the weights in {path} are of another model; give the flags it was made with")
-    with torch.no_grad():
-        for name in trained:
-            trained[name].copy_(saved["model"][name])
-            ema[name].copy_(saved["ema"][name])
-    for optimizer, state in zip(optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
-    return saved["step"]
 
 
 def report_skipped(dataset):
@@ -299,8 +136,8 @@ def report_skipped(dataset):
             print(f"  … and {len(dataset.skipped) - 20} more")
 
 
-def train_autoencoder(config, dataset=None):
-    dataset = dataset or data.load(config.data, config.image_size, config.seed)
+def train_autoencoder(config):
+    dataset = data.load(config.data, config.image_size, config.seed)
     report_skipped(dataset)
     device = device_of(config.device)
     torch.manual_seed(config.seed)
@@ -343,6 +180,17 @@ def describe(config, **parts):
     return dict(flags=dataclasses.asdict(config), image_size=config.image_size, **parts)
 
 
+def encode_all(autoencoder, count, read, size=256):
+    """Latents (count, …, C, h, w) of all pictures or clips read(indices): the autoencoder is frozen, so once is enough."""
+    device, found = autoencoder.shift.device, []
+    for part in tqdm(torch.arange(count).split(size), desc="encoding", disable=None, leave=False):
+        x = read(part)  # (size, [F,] 3, S, S)
+        with torch.no_grad():
+            latents = autoencoder.encode(from_bytes(x.flatten(0, -4)).to(device)).cpu()
+        found.append(latents.view(*x.shape[:-3], *latents.shape[1:]))
+    return torch.cat(found)
+
+
 def train_image(config):
     dataset = data.load(config.data, config.image_size, config.seed)
     report_skipped(dataset)
@@ -350,11 +198,12 @@ def train_image(config):
         print(f"no autoencoder in {config.autoencoder} yet: training one first")
         flags = ["--data", config.data, "--image-size", str(config.image_size), "--out", config.autoencoder,
                  "--seed", str(config.seed), "--device", config.device]  # fmt: skip
-        train_autoencoder(read_flags("autoencoder", flags), dataset)
+        train_autoencoder(read_flags("autoencoder", flags))
     autoencoder = autoencoders.load(config.autoencoder)
     device = device_of(config.device)
 
-    tokenizer = Tokenizer.train(dataset.captions)
+    of_clips = clips.MovingShapes(count=500).captions if config.data == "shapes" else []  # train.py video has words too
+    tokenizer = Tokenizer.train(dataset.captions + of_clips)
     text = T5Config(vocabulary=len(tokenizer), depth=config.text_depth)
     C = autoencoder.config.channels
     model = ModelConfig.of(
@@ -364,33 +213,22 @@ def train_image(config):
     diffusion = dict(schedule=config.schedule, target=config.target, learned_variance=config.learned_variance, shift=config.shift)
     words = sorted({word for caption in dataset.captions for word in words_of(caption)})
     torch.manual_seed(config.seed)
-    model = TextToImage(
+    model = Pipeline(
         describe(config, model=vars(model), text=vars(text), autoencoder=vars(autoencoder.config), diffusion=diffusion, words=words),
         tokenizer,
     )  # fmt: skip
     model.autoencoder.load_state_dict(autoencoder.state_dict())
     model.to(device)
 
-    with torch.no_grad():  # the autoencoder is frozen: every picture is encoded once
-        parts = torch.arange(len(dataset.captions)).split(256)
-        latents = [
-            model.autoencoder.encode(from_bytes(dataset.pictures(part)).to(device)).cpu()
-            for part in tqdm(parts, desc="encoding", disable=None, leave=False)
-        ]
-    latents = torch.cat(latents)  # (N, C, h, w)
+    latents = encode_all(model.autoencoder, len(dataset.captions), dataset.pictures)  # (N, C, h, w)
     check_scale(latents)
 
     def batch_loss(step, generator):
-        indices = batch_indices(step, len(latents), config.batch_size, config.seed)
-        x0 = latents[indices].to(device)  # (B, C, h, w)
-        tokens, mask = (a.to(device) for a in tokenizer([dataset.captions[i] for i in indices]))  # (B, L)
-        t = model.diffusion.random_timesteps(len(x0), generator).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        dropped = (torch.rand(len(x0), generator=generator) < config.caption_dropout).to(device)
-        loss = model.diffusion.loss(lambda x, t: model(x, t, tokens, mask, dropped), x0, t, noise)
-        return loss, (t / model.diffusion.steps).cpu()
+        indices = batch_indices(step, len(latents), config.batch_size, config.seed, dataset.group)
+        captions = [dataset.captions[i] for i in indices]
+        return diffusion_loss(config, model, latents[indices], captions, dataset.group, generator)
 
-    prompts = [dataset.captions[i] for i in range(16)] if len(latents) >= 16 else dataset.captions
+    prompts = dataset.captions[:16]
 
     def preview(step):
         pictures.grid(model.generate(prompts), prompts).save(f"{config.out}/samples/{step:06d}.png")
@@ -399,14 +237,78 @@ def train_image(config):
     print(f"image model → {config.out}. Now: python sample.py \"{prompts[0]}\"")
 
 
-STAGES = {"autoencoder": train_autoencoder, "image": train_image}
+def diffusion_loss(config, model, x0, captions, group, generator, motion_free=None):
+    """Losses (B,) of clean latents x0 (B, [F,] C, h, w) with their captions, and their timesteps' shares of all steps (B,).
+    Each `group` neighbours have one timestep, and lose their captions together. motion_free: as in temporal.py."""
+    device, B = model.autoencoder.shift.device, len(x0)
+    once = lambda values: values.repeat_interleave(group)[:B].to(device)
+    x0 = x0.to(device)
+    tokens, mask = (a.to(device) for a in model.tokenizer(captions))  # (B, L)
+    t = once(model.diffusion.random_timesteps(B, generator))
+    dropped = once(torch.rand(B, generator=generator) < config.caption_dropout)
+    noise = torch.randn(x0.shape, generator=generator).to(device)
+    loss = model.diffusion.loss(lambda x, t: model(x, t, tokens, mask, dropped, motion_free), x0, t, noise)
+    return loss, (t / model.diffusion.steps).cpu()
+
+
+def train_video(config):
+    """Joint image–video training (paper, section 3.3). With probability p_motion_free a sample is a picture, repeated
+    F times under the motion-free mask, else a clip; captions are dropped independently of that, so that all that
+    guidance asks for is trained: text and motion, motion alone, neither."""
+    image = Pipeline.load(config.init)
+    if image.config["image_size"] != config.image_size:
+        raise ValueError(f"--image-size {config.image_size}: the image model in {config.init} has {image.config['image_size']}")
+    films = clips.load(config.clips, config.image_size, config.frames, config.fps, config.seed)
+    report_skipped(films)
+    if films.held:
+        print(f"{films.held} of {len(films.captions)} clips are shorter than {config.frames} frames: their last one is held")
+    stills = data.load(config.data, config.image_size, config.seed)
+    words = sorted({*image.config["words"], *(word for caption in films.captions for word in words_of(caption))})
+    parts = {name: image.config[name] for name in ("text", "autoencoder", "diffusion")}
+    # mini's few frames stand further apart in the positions' sinusoids, as its tokens do
+    changes = dict(temporal=True, frame_step=min(2.0, image.config["model"]["position_step"]))
+    torch.manual_seed(config.seed)
+    model = Pipeline(
+        describe(config, model=image.config["model"] | changes, words=words, frames=config.frames, **parts), image.tokenizer
+    )
+    new = inflate(model, image.state_dict())
+    print(f"{len(new)} new weights, the temporal layers': {new[0]} … {new[-1]}")
+    if config.only_temporal:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in new)
+    model.to(device_of(config.device))
+    moving = encode_all(model.autoencoder, len(films.captions), films.clips, 32)  # (N, F, C, h, w)
+    still = encode_all(model.autoencoder, len(stills.captions), stills.pictures)  # (N, C, h, w)
+    group = max(films.group, stills.group)
+
+    def batch_loss(step, generator):
+        a = batch_indices(step, len(moving), config.batch_size, config.seed, films.group)
+        b = batch_indices(step, len(still), config.batch_size, config.seed, stills.group)
+        share = config.p_motion_free if config.joint else 0.0
+        free = (torch.rand(len(a), generator=generator) < share).repeat_interleave(group)[: len(a)]  # (B,)
+        repeated = still[b][:, None].expand(-1, config.frames, -1, -1, -1)
+        x0 = torch.where(free[:, None, None, None, None], repeated, moving[a])  # (B, F, C, h, w)
+        captions = [stills.captions[j] if f else films.captions[i] for i, j, f in zip(a, b, free)]
+        motion_free = free.to(model.autoencoder.shift.device) if config.motion_free_mask and free.any() else None
+        return diffusion_loss(config, model, x0, captions, group, generator, motion_free)
+
+    prompts = films.captions[:8]
+
+    def preview(step):
+        pictures.sheet(model.generate(prompts), prompts).save(f"{config.out}/samples/{step:06d}.png")
+
+    fit(config, model, batch_loss, preview, lambda state: model.save(f"{config.out}/model.safetensors", state))
+    print(f"video model → {config.out}. Now: python sample.py --frames {config.frames} \"{prompts[0]}\"")
+
+
+STAGES = {"autoencoder": train_autoencoder, "image": train_image, "video": train_video}
 
 
 def main(arguments):
     if not arguments or arguments[0] not in STAGES:
         raise ValueError(f"say what to train: python train.py {'|'.join(STAGES)} [--flag value …]")
     config = read_flags(arguments[0], arguments[1:])
-    attention.FUSED = config.fused
+    attention.use(config.attention, device_of(config.device))
     STAGES[arguments[0]](config)
 
 

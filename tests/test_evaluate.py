@@ -3,17 +3,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+import clips
 import data
-from evaluate import COLUMNS, composition, judge, look, prompts
+from evaluate import COLUMNS, composition, motion, motion_prompts, moving_prompts, only_in_pictures, prompts
+from judge import judge, judge_clip, look
 
 
 def scene_of(prompt, rng):
     """Draws what a prompt says, somewhere."""
-    things = list(prompt.things)
-    if prompt.relation in data.COMPARISONS:
-        sizes = sorted(rng.sample(list(data.SIZES), 2), key=data.SIZES.get, reverse=prompt.relation == "bigger than")
-        things = [replace(thing, size=size) for thing, size in zip(things, sizes)]
+    things = data.sized(list(prompt.things), prompt.relation, rng)
     return data.draw(data.place(things, prompt.relation, rng))
 
 
@@ -53,10 +53,50 @@ def test_prompts_are_fixed_and_keep_the_held_out_pairs_apart():
     assert not any(thing.unseen for things in data.Shapes(count=500).scenes for thing in things)
 
 
+def true_clips(asked, backwards=False):
+    """Draws what prompts for clips say: (B, 8, 3, 64, 64) uint8."""
+    rng, made = random.Random(3), []
+    for p in asked:
+        scenes = None
+        while scenes is None:
+            scenes = clips.random_path(data.sized(p.things, p.relation, rng), p.motions, p.relation, rng, 8)
+        made.append(np.stack([data.draw(scene) for scene in (scenes[::-1] if backwards else scenes)]))
+    return torch.from_numpy(np.stack(made)).permute(0, 1, 4, 2, 3)
+
+
+def test_the_judge_of_clips_is_right_on_true_ones_and_sees_what_is_wrong():
+    by_text = {p.text: p for column in COLUMNS for p in moving_prompts(column, 10)}
+    asked = motion_prompts(44)
+    by_text |= {p.text: p for p in asked}
+    true = motion(lambda texts: true_clips([by_text[text] for text in texts]), 44)
+    assert min(true["motion"], true["motion_one"], true["identity"]) >= 0.99 and min(true["frames"].values()) >= 0.99
+    assert true["flicker"] < 0.005 and true["amount"] > 0.5
+    back = motion(lambda texts: true_clips([by_text[text] for text in texts], True), 44)
+    assert back["motion"] < 0.15 and back["motion_one"] == 0 and back["identity"] >= 0.99
+    p = next(p for p in asked if p.motions == ("moving left",))
+    clip = true_clips([p])[0].permute(0, 2, 3, 1).numpy()
+    other = data.draw([replace(thing, shape="cross" if thing.shape != "cross" else "star") for thing in look(clip[3])])
+    changed = clip.copy()
+    changed[3] = other
+    good, bad = judge_clip(clip, p.things, p.motions)[0], judge_clip(changed, p.things, p.motions)[0]
+    assert good["identity"] == 1 and bad["identity"] == 7 / 8 and good["motion"] == bad["motion"] == 1
+    noise = np.random.default_rng(0).normal(0, 20, clip.shape)
+    noisy = judge_clip((clip + noise).clip(0, 255).astype(np.uint8), p.things, p.motions)[0]
+    assert noisy["flicker"] > 5 * good["flicker"] + 0.01
+    empty = judge_clip(np.full_like(clip, 250), p.things, p.motions)[0]
+    assert empty["motion"] == empty["identity"] == empty["amount"] == 0
+
+
+def test_prompts_of_clips_are_fixed_and_half_of_them_are_of_what_only_pictures_have():
+    asked = motion_prompts(88)
+    assert asked == motion_prompts(88) != motion_prompts(88, seed=1)
+    assert sum(only_in_pictures(p.things) for p in asked) == 44 and {p.motions[0] for p in asked} == set(clips.MOTIONS)
+    assert not any(thing.unseen for p in asked for thing in p.things)
+    assert all(len(moving_prompts(column, 20)) == 20 for column in COLUMNS)
+
+
 def test_scores_of_a_perfect_and_of_a_blank_generator():
     by_text = {p.text: p for c in COLUMNS for u in (False, True) for p in prompts(c, u, 5)}
-    import torch
-
     def perfect(texts):
         rng = random.Random(0)
         return torch.stack([torch.from_numpy(scene_of(by_text[t], rng)).permute(2, 0, 1) for t in texts])

@@ -9,7 +9,7 @@ from PIL import Image
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, check_scale
-from sample import TextToImage
+from sample import Pipeline
 from text_encoders import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def run(tmp_path_factory):
         autoencoder=dict(channels=4, width=16, depth=1), diffusion=dict(schedule="cosine", target="velocity"),
         image_size=32, words=sorted({w for c in CAPTIONS for w in c.split()}), flags=dict(data="shapes"),
     )  # fmt: skip
-    model = TextToImage(config, tokenizer)
+    model = Pipeline(config, tokenizer)
     with torch.no_grad():
         for p in model.transformer.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -37,14 +37,14 @@ def run(tmp_path_factory):
 
 
 def test_saved_and_loaded_is_the_same(run):
-    model = TextToImage.load(run)
-    again = TextToImage.load(run / "model.safetensors")
+    model = Pipeline.load(run)
+    again = Pipeline.load(run / "model.safetensors")
     assert torch.equal(model.generate(CAPTIONS, steps=3), again.generate(CAPTIONS, steps=3))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
 def test_a_picture_depends_on_prompt_and_seed_alone(run, sampler):
-    model = TextToImage.load(run)
+    model = Pipeline.load(run)
     together = model.generate(CAPTIONS, seed=3, sampler=sampler, steps=4).int()
     alone = model.generate(CAPTIONS[1:2], seed=3, sampler=sampler, steps=4).int()
     assert (together[1:2] - alone).abs().max() <= 1  # rounding of the last bit at most
@@ -55,7 +55,7 @@ def test_a_picture_depends_on_prompt_and_seed_alone(run, sampler):
 def test_null_text_of_training_and_sampling_is_one_object(run):
     """With guidance 0 only the null pass counts: the prompt's words, its length included, must leave no trace; and a
     change of the one null parameter changes both what training with a dropped caption and what sampling sees."""
-    model = TextToImage.load(run)
+    model = Pipeline.load(run)
     tokens, mask = model.tokenizer(CAPTIONS[:1])
     x, t, dropped = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.tensor([True])
     trained = model(x, t, tokens, mask, dropped)
@@ -93,7 +93,7 @@ def test_commands(run, tmp_path):
     assert Image.open(tmp_path / "new" / "grid.png").width == 2 * 32 + 12
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["000000.png", "000001.png", "prompts.txt"]
     first = np.asarray(Image.open(tmp_path / "many" / "000000.png")).astype(int)
-    model = TextToImage.load(run)
+    model = Pipeline.load(run)
     assert abs(first - model.generate(["a red circle"], steps=2)[0].permute(1, 2, 0).numpy()).max() <= 1
     for arguments, message in (
         (["a star", "--sampler", "euler", *common], "sampler 'euler' is not one of ddpm, ddim, dpm"),

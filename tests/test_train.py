@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import clips
 import data
+import loop
 import train
 import weights
 from muon import Muon, orthogonalise
-from sample import TextToImage
+from sample import Pipeline
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--steps", "6", "--batch-size", "4", "--log-every", "2", "--sample-every", "100", "--checkpoint-every", "3"]
@@ -48,28 +50,34 @@ def test_a_run_leaves_what_it_says(folder, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "checkpoint.pt", "metrics.jsonl", "loss.png", "samples"}
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6] and len(rows[0]["loss_bins"]) == 4
-    model = TextToImage.load(tmp_path)
+    model = Pipeline.load(tmp_path)
     assert model.config["flags"]["batch_size"] == 4
     pictures = model.generate(["a red circle", "a blue star"], steps=2)
     assert pictures.shape == (2, 3, 32, 32) and pictures.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch, optimizer):
-    image(folder, tmp_path / "whole", "--optimizer", optimizer, "--log-every", "1")
+def interrupted_in_the_fifth_step(monkeypatch, train_it):
+    """Runs train_it(), which does not survive its fifth step: after the checkpoint of the third."""
     real, calls = torch.nn.utils.clip_grad_norm_, []
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 5:  # in the fifth step: after the checkpoint of the third
+        if len(calls) == 5:
             raise KeyboardInterrupt
         return real(*args)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
     with pytest.raises(SystemExit):
-        image(folder, tmp_path / "parts", "--optimizer", optimizer, "--log-every", "1")
+        train_it()
     monkeypatch.undo()
-    image(folder, tmp_path / "parts", "--optimizer", optimizer, "--log-every", "1", "--resume")
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch, optimizer):
+    flags = ["--optimizer", optimizer, "--log-every", "1"]
+    image(folder, tmp_path / "whole", *flags)
+    interrupted_in_the_fifth_step(monkeypatch, lambda: image(folder, tmp_path / "parts", *flags))
+    image(folder, tmp_path / "parts", *flags, "--resume")
     whole, parts = (weights.read(tmp_path / name / "model.safetensors")[0] for name in ("whole", "parts"))
     assert set(whole) == set(parts) and all(torch.equal(whole[name], parts[name]) for name in whole)
     whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
@@ -78,27 +86,89 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(folder, tmp_
     assert losses[0] == losses[1]
 
 
+@pytest.fixture(scope="module")
+def clip_folder(folder):
+    """An image run on `folder`, and a few clips with captions."""
+    image(folder, folder.parent / "image")
+    path = folder.parent / "clips"
+    path.mkdir()
+    shapes = clips.MovingShapes(32, count=4)
+    from PIL import Image
+
+    for i, caption in enumerate(shapes.captions):
+        frames = [Image.fromarray(frame) for frame in shapes.clips([i])[0].permute(0, 2, 3, 1).numpy()]
+        frames[0].save(path / f"{i}.webp", save_all=True, append_images=frames[1:], duration=250, lossless=True)
+        (path / f"{i}.txt").write_text(caption)
+    (path / "broken.gif").write_bytes(b"GIF89a no")
+    (path / "broken.txt").write_text("broken")
+    return path
+
+
+def video(folder, clip_folder, out, *flags):
+    run("video", folder, out, "--clips", str(clip_folder), "--init", str(folder.parent / "image"), *TINY, *flags)
+
+
+def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, capsys):
+    video(folder, clip_folder, tmp_path / "all")
+    printed = capsys.readouterr().out
+    assert "1 of 5 files were left out" in printed and "new weights, the temporal layers'" in printed
+    model, before = Pipeline.load(tmp_path / "all"), Pipeline.load(folder.parent / "image").state_dict()
+    assert model.generate(["a red circle moving left"], steps=2, lambda_m=1.2).shape == (1, 8, 3, 32, 32)
+    assert model.generate(["a red circle moving left"], steps=2, frames=12).shape == (1, 12, 3, 32, 32)
+    assert not torch.equal(model.state_dict()["transformer.patch_embedding.weight"], before["transformer.patch_embedding.weight"])
+    video(folder, clip_folder, tmp_path / "layers", "--only-temporal", "--motion-free-mask", "false")
+    video(folder, clip_folder, tmp_path / "clips", "--joint", "false")
+    after = Pipeline.load(tmp_path / "layers").state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert after["transformer.blocks.0.temporal.attention.out.weight"].abs().max() > 0
+    with pytest.raises(ValueError, match="--frames: this is an image model"):
+        Pipeline.load(folder.parent / "image").generate(["a star"], frames=4)
+
+
+def test_a_video_run_resumes_bit_for_bit(folder, clip_folder, tmp_path, monkeypatch):
+    video(folder, clip_folder, tmp_path / "whole")
+    interrupted_in_the_fifth_step(monkeypatch, lambda: video(folder, clip_folder, tmp_path / "parts"))
+    video(folder, clip_folder, tmp_path / "parts", "--resume")
+    whole, parts = (weights.read(tmp_path / name / "model.safetensors")[0] for name in ("whole", "parts"))
+    assert set(whole) == set(parts) and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_mask_and_the_captions_are_dropped_independently(folder, clip_folder, tmp_path, monkeypatch):
+    """All combinations that guidance needs are trained."""
+    seen = set()
+    real = Pipeline.forward
+
+    def spy(self, x, t, tokens, mask, dropped, motion_free=None):
+        free = torch.zeros_like(dropped) if motion_free is None else motion_free
+        seen.update(zip(free.tolist(), dropped.tolist()))
+        return real(self, x, t, tokens, mask, dropped, motion_free)
+
+    monkeypatch.setattr(Pipeline, "forward", spy)
+    video(folder, clip_folder, tmp_path, "--caption-dropout", "0.5", "--p-motion-free", "0.5", "--batch-size", "16")
+    assert seen == {(f, d) for f in (True, False) for d in (True, False)}
+
+
 def test_batches_are_epochs_in_a_new_order_each():
-    first = torch.cat([train.batch_indices(step, 10, 5, 0) for step in (0, 1)])
-    second = torch.cat([train.batch_indices(step, 10, 5, 0) for step in (2, 3)])
+    first = torch.cat([loop.batch_indices(step, 10, 5, 0) for step in (0, 1)])
+    second = torch.cat([loop.batch_indices(step, 10, 5, 0) for step in (2, 3)])
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10)) and not torch.equal(first, second)
-    assert torch.equal(train.batch_indices(7, 10, 3, 0), torch.cat([train.batch_indices(s, 10, 1, 0) for s in (21, 22, 23)]))
+    assert torch.equal(loop.batch_indices(7, 10, 3, 0), torch.cat([loop.batch_indices(s, 10, 1, 0) for s in (21, 22, 23)]))
 
 
 def test_every_objective_trains(folder, tmp_path):
     """The paper's recipe, with the variance learned; adaLN alone; x0."""
     for flags in (
         ["--target", "noise", "--schedule", "linear", "--learned-variance", "--optimizer", "adamw"],
-        ["--integration", "adaln", "--fused", "false"],
+        ["--integration", "adaln", "--attention", "fused", "--precision", "bf16"],
         ["--target", "x0", "--shift", "3"],
     ):
         image(folder, tmp_path, *flags)
-        assert TextToImage.load(tmp_path).generate(["a star"], steps=2, sampler="ddpm").shape == (1, 3, 32, 32)
+        assert Pipeline.load(tmp_path).generate(["a star"], steps=2, sampler="ddpm").shape == (1, 3, 32, 32)
 
 
 def test_the_learning_rate_rises_stays_and_falls():
     config = train.Config(steps=100, warmup=9, cooldown=0.5)
-    rates = [train.learning_rate(config, step) for step in range(100)]
+    rates = [loop.learning_rate(config, step) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[49] == 1.0 and rates[75] == 0.5 and 0 < rates[99] <= 0.02
 
 
@@ -131,7 +201,7 @@ def test_orthogonalise_levels_the_singular_values():
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["picture"], "say what to train: python train.py autoencoder|image"),
+        (["picture"], "say what to train: python train.py autoencoder|image|video"),
         (["image", "--batchsize", "4"], "unknown flag --batchsize; did you mean --batch-size?"),
         (["image", "--size", "huge"], "--size huge: not one of mini, S, B, L, XL, G"),
         (["image", "--steps", "many"], "--steps many: not a whole number"),
@@ -143,6 +213,11 @@ def test_orthogonalise_levels_the_singular_values():
         (["autoencoder", "--latent-channels", "0"], "--latent-channels 0: must be at least 1"),
         (["image", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["image", "--schedule", "round"], "--schedule round: not one of linear, cosine"),
+        (["video"], "no model.safetensors in runs/image-shapes"),
+        (["video", "--frames", "1"], "--frames 1: a clip has at least 2"),
+        (["video", "--p-motion-free", "2"], "--p-motion-free 2.0: must be at least 0 and less than 1"),
+        (["image", "--attention", "none"], "--attention none: not one of auto, fused, written"),
+        (["image", "--precision", "fp16"], "--precision fp16: not one of auto, fp32, bf16"),
         (["image", "--integration", "none"], "--integration none: not one of cross, adaln"),
         (["autoencoder", "--resume", "--out", "/tmp/no-run-here"], "--resume: there is no"),
     ],
@@ -179,8 +254,8 @@ def test_checkpoints_that_cannot_be_used_are_named(folder, tmp_path, monkeypatch
     content = model.read_bytes()
     model.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
-        TextToImage.load(tmp_path / "run")
+        Pipeline.load(tmp_path / "run")
     with pytest.raises(ValueError, match="is not a model of train.py image"):
-        TextToImage.load(folder.parent / "ae")
+        Pipeline.load(folder.parent / "ae")
     with pytest.raises(ValueError, match="no model.safetensors in"):
-        TextToImage.load(tmp_path)
+        Pipeline.load(tmp_path)

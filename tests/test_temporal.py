@@ -1,0 +1,139 @@
+import pytest
+import torch
+
+from diffusion import guided, guided_motion
+from dit import GenTron, ModelConfig, sincos
+from temporal import TempSelfAttn, inflate, motion_free_mask
+
+SMALL = dict(depth=2, width=32, heads=4, channels=3, out_channels=3, text_width=16)
+B, F, L = 3, 5, 4
+
+
+def random_weights(model):
+    """Nothing at zero, so that every branch counts."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def batch(dtype=torch.float32):
+    x = torch.randn(B, F, 3, 4, 6, dtype=dtype)
+    t = torch.randint(0, 1000, (B,))
+    text = torch.randn(B, L, 16, dtype=dtype)
+    mask = torch.arange(L) < torch.tensor([[4], [2], [3]])
+    return x, t, text, mask
+
+
+def test_the_inflated_model_equals_the_image_model_on_every_frame_to_the_bit():
+    image = random_weights(GenTron(ModelConfig(**SMALL)))
+    video = GenTron(ModelConfig(**SMALL, temporal=True))
+    new = inflate(video, image.state_dict())
+    assert new and all(".temporal." in name for name in new) and len(new) == len(video.state_dict()) - len(image.state_dict())
+    assert not any("temporal" in name for name in image.state_dict())  # an image model pays nothing
+    x, t, text, mask = batch()
+    with torch.no_grad():
+        clip = video(x, t, text, mask)
+        for i in range(F):
+            assert torch.equal(clip[:, i], image(x[:, i], t, text, mask))
+    optimizer = torch.optim.SGD(video.parameters(), lr=0.1)
+    before = {name: p.detach().clone() for name, p in video.named_parameters()}
+    for _ in range(2):  # at first only the output projection has a gradient
+        optimizer.zero_grad()
+        (video(x, t, text, mask) - torch.randn(B, F, 3, 4, 6)).square().mean().backward()
+        optimizer.step()
+        moved = {name for name, p in video.named_parameters() if not torch.equal(p, before[name])}
+        assert {name for name in new if ".attention.out." in name} <= moved
+    assert {n for n in new if n.endswith("weight")} <= moved
+
+
+def test_other_weights_are_named():
+    video = GenTron(ModelConfig(**SMALL, temporal=True))
+    image = GenTron(ModelConfig(**SMALL | dict(depth=1)))
+    with pytest.raises(ValueError, match="does not fit the video model: blocks.1"):
+        inflate(video, image.state_dict())
+
+
+@pytest.mark.parametrize("motion_free", [torch.tensor([True] * B), True])
+def test_under_the_motion_free_mask_a_frame_sees_itself_alone(motion_free):
+    video = random_weights(GenTron(ModelConfig(**SMALL, temporal=True)))
+    x, t, text, mask = batch()
+    other = x.clone()
+    other[:, 2] += 1.0
+    alone = [i for i in range(F) if i != 2]
+    with torch.no_grad():
+        a, b = (video(y, t, text, mask, motion_free=motion_free) for y in (x, other))
+        assert torch.equal(a[:, alone], b[:, alone]) and not torch.equal(a[:, 2], b[:, 2])
+        a, b = (video(y, t, text, mask) for y in (x, other))
+        assert all(not torch.allclose(a[:, i], b[:, i], atol=1e-6) for i in range(F))
+
+
+def test_each_clip_of_a_batch_has_its_own_mask_and_the_shortcut_equals_it():
+    video = random_weights(GenTron(ModelConfig(**SMALL, temporal=True)).double())
+    x, t, text, mask = batch(torch.float64)
+    free = torch.tensor([True, False, True])
+    with torch.no_grad():
+        mixed = video(x, t, text, mask, motion_free=free)
+        still, moving = video(x, t, text, mask, motion_free=True), video(x, t, text, mask)
+        torch.testing.assert_close(mixed[free], still[free], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mixed[~free], moving[~free], rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(still, moving)
+    assert motion_free_mask(free, 2).tolist() == [[[True, False], [False, True]], [[True] * 2] * 2, [[True, False], [False, True]]]
+
+
+def test_the_layer_is_the_equation_in_the_paper():
+    """x + TempSelfAttn(LN(x)) over the frames of one place, against torch's attention."""
+    layer = random_weights(TempSelfAttn(16, 2).double())
+    x, positions = torch.randn(1, 3 * 4, 16, dtype=torch.float64), sincos(torch.arange(3), 16).double()
+    theirs = torch.nn.MultiheadAttention(16, 2, batch_first=True).double()
+    ours = layer.attention
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]))
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+        y = layer.norm(x).view(3, 4, 16).transpose(0, 1) + positions  # (N, F, D)
+        expected = x + theirs(y, y, y)[0].transpose(0, 1).reshape(1, 12, 16)
+        torch.testing.assert_close(layer(x, positions, None), expected)
+
+
+def test_without_positions_a_clip_cannot_be_told_from_its_reverse():
+    layer = random_weights(TempSelfAttn(16, 2))
+    x = torch.randn(2, F, 6, 16)
+    run = lambda clip, positions: layer(clip.flatten(1, 2), positions, None).unflatten(1, (F, 6))
+    with torch.no_grad():
+        for positions, same in ((torch.zeros(F, 16), True), (sincos(torch.arange(F), 16), False)):
+            forth, back = run(x, positions), run(x.flip(1), positions).flip(1)
+            assert torch.allclose(forth, back, atol=1e-5) == same
+
+
+def toy(x, t, text, motion_free):
+    """A model whose output says which conditions it was given."""
+    toy.rows.append(len(x))
+    return x * 0.5 + (text + 10.0 * motion_free).view(-1, 1, 1, 1, 1)
+
+
+def conditions():
+    no, yes = torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    text, null = torch.tensor([1.0, 2.0]), torch.tensor([-3.0, -3.0])
+    return dict(text=text, motion_free=no), dict(text=null, motion_free=no), dict(text=null, motion_free=yes)
+
+
+def test_motion_free_guidance_is_the_formula():
+    toy.rows = []
+    x, t = torch.randn(2, 3, 1, 2, 2), torch.full((2,), 500)
+    both, motion, neither = conditions()
+    out = guided_motion(toy, both, motion, neither, 7.5, 1.2)(x, t)
+    assert toy.rows == [6]  # three passes, one call
+    a, b, c = (toy(x, t, **condition) for condition in (both, motion, neither))
+    torch.testing.assert_close(out, c + 7.5 * (a - b) + 1.2 * (b - c))
+
+
+def test_at_lambda_m_one_it_is_classifier_free_guidance_in_two_passes():
+    toy.rows = []
+    x, t = torch.randn(2, 3, 1, 2, 2), torch.full((2,), 500)
+    both, motion, neither = conditions()
+    out = guided_motion(toy, both, motion, neither, 7.5, 1.0)(x, t)
+    assert toy.rows == [4]
+    assert torch.equal(out, guided(toy, both, motion, 7.5)(x, t))
+    a, b, c = (toy(x, t, **condition) for condition in (both, motion, neither))
+    torch.testing.assert_close(out, c + 7.5 * (a - b) + 1.0 * (b - c))
