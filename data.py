@@ -11,7 +11,6 @@ what it has never seen.
 """
 import itertools
 import json
-import math
 import random
 import sys
 import unicodedata

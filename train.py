@@ -81,7 +81,7 @@ PAPER = dict(
     optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear", target="noise", shift=1.0, qk_norm=False,
     batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100,
 )  # fmt: skip
-STEPS = {"autoencoder": 1000, "image": 1500, "video": 1200}  # the demo's
+STEPS = {"autoencoder": 1000, "image": 1900, "video": 1200}  # the demo's
 VIDEO = dict(batch_size=16)
 AUTOENCODER = dict(optimizer="muon", batch_size=16, lr=2e-3, cooldown=0.5)
 

@@ -98,7 +98,7 @@ def test_commands(run, tmp_path):
     for arguments, message in (
         (["a star", "--sampler", "euler", *common], "sampler 'euler' is not one of ddpm, ddim, dpm"),
         (["a star", "--checkpoint", run, "--steps", 2000], "2000 sampling steps asked for, 1 to 1000 are possible"),
-        (["a star", "--guidence", 3], "did you mean --guidance?"),
+        (["a star", "--lamda-t", 3], "did you mean --lambda-t?"),
         ([], "no prompt"),
         (["  "], "no prompt"),
         (["a star"], "no run found in runs/"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import clips
 import data
 import loop
+import sample
 import train
 import weights
 from muon import Muon, orthogonalise
@@ -116,6 +118,12 @@ def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, cap
     assert model.generate(["a red circle moving left"], steps=2, lambda_m=1.2).shape == (1, 8, 3, 32, 32)
     assert model.generate(["a red circle moving left"], steps=2, frames=12).shape == (1, 12, 3, 32, 32)
     assert not torch.equal(model.state_dict()["transformer.patch_embedding.weight"], before["transformer.patch_embedding.weight"])
+    flags = ["--checkpoint", str(tmp_path / "all"), "--frames", "8", "--steps", "2", "--lambda-t", "7.5", "--lambda-m", "1.2"]
+    for name in ["clip.gif", "clip.webp"] + ["clip.mp4"] * bool(shutil.which("ffmpeg")):
+        sample.main(["a red circle moving left", *flags, "--out", str(tmp_path / name)])
+        assert (tmp_path / name).stat().st_size > 0 and (tmp_path / "clip.png").exists()
+    with pytest.raises(ValueError, match="clips are written as .gif, .webp, .mp4"):
+        sample.main(["a red circle moving left", *flags, "--out", str(tmp_path / "clip.avi")])
     video(folder, clip_folder, tmp_path / "layers", "--only-temporal", "--motion-free-mask", "false")
     video(folder, clip_folder, tmp_path / "clips", "--joint", "false")
     after = Pipeline.load(tmp_path / "layers").state_dict()
