@@ -80,6 +80,9 @@ def test_the_judge_of_clips_is_right_on_true_ones_and_sees_what_is_wrong():
     changed[3] = other
     good, bad = judge_clip(clip, p.things, p.motions)[0], judge_clip(changed, p.things, p.motions)[0]
     assert good["identity"] == 1 and bad["identity"] == 7 / 8 and good["motion"] == bad["motion"] == 1
+    jumped = clip.copy()  # one frame stands aside of the way
+    jumped[4] = data.draw([replace(thing, y=(thing.y + 0.5) % 1) for thing in look(clip[4])])
+    assert judge_clip(jumped, p.things, p.motions)[0]["motion"] == 0
     noise = np.random.default_rng(0).normal(0, 20, clip.shape)
     noisy = judge_clip((clip + noise).clip(0, 255).astype(np.uint8), p.things, p.motions)[0]
     assert noisy["flicker"] > 5 * good["flicker"] + 0.01
