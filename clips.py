@@ -39,7 +39,7 @@ TEXTURES = ("solid", "striped")
 def path(thing, motion, frames):
     """A thing's place and radius in each frame: a list of F Things."""
     dx, dy, growth = MOTIONS[motion]
-    sizes = list(SIZES.values())[::growth] if growth else [SIZES[thing.size]] * 3
+    sizes = list(SIZES.values())[::growth] if growth else [SIZES[thing.size]] * (HOPS + 1)
     hops = [((HOPS + 1) * i + 1) // frames for i in range(frames)]  # 0 0 0 1 1 2 2 2: the same backwards
     return [replace(thing, x=thing.x + dx * hop / CELLS, y=thing.y + dy * hop / CELLS, r=sizes[hop]) for hop in hops]
 
@@ -125,8 +125,8 @@ class MovingShapes:
 
 def random_scene(rng):
     """Things without a place, their motions, and a relation or None, as clips have them."""
-    things = []
-    while len(things) < rng.choice((1, 2)):
+    things, number = [], rng.choice((1, 2))
+    while len(things) < number:
         thing = data.random_thing(rng)
         if thing.colour in COLOURS and thing.texture in TEXTURES:
             things.append(thing)

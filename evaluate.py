@@ -223,6 +223,10 @@ def main(arguments):
     model = Pipeline.load(folder).to(device)
     source = model.config["flags"]["data"]
 
+    if config.sweep and not config.video:
+        raise ValueError(f"--sweep {config.sweep}: of clips only; give --video too")
+    if config.video and model.config["flags"].get("clips") not in (None, "shapes"):
+        raise ValueError(f"{folder} was trained on clips from a folder; --video judges clips of shapes")
     if config.video != model.transformer.config.temporal:
         raise ValueError(f"{folder} holds {'an image' if config.video else 'a video'} model: {'leave out' if config.video else 'give'} --video")
     size = max(1, config.batch_size // (model.config["frames"] if config.video else 1))

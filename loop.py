@@ -199,7 +199,10 @@ def load_checkpoint(path, config, trained, ema, optimizers):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is damaged or holds more than weights: {str(error).splitlines()[0]}") from None
-    for key in ("size", "data", "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer", "schedule", "target"):
+    for key in (
+        "size", "data", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer", "schedule", "target",
+        "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal", "p_motion_free",
+    ):  # fmt: skip
         if saved["config"].get(key) != getattr(config, key):
             flag = f"--{key.replace('_', '-')}"
             raise ValueError(f"--resume: {path} was made with {flag} {saved['config'].get(key)}, not {getattr(config, key)}")

@@ -216,6 +216,8 @@ def main(arguments):
             raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be at least 1")
     folder, device = config.checkpoint or newest_run("video" if config.frames else "image"), device_of(config.device)
     attention.use(config.attention, device)
+    if config.frames < 0:
+        raise ValueError(f"--frames {config.frames}: must be at least 1")
     model = Pipeline.load(folder).to(device)
     if config.image_size % 16 or config.image_size < 0:
         raise ValueError(f"--image-size {config.image_size}: must be a multiple of 16")

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import data
+import emoji
 
 
 @pytest.mark.parametrize("shape", data.SHAPES)
@@ -127,4 +128,4 @@ def test_nothing_usable(tmp_path):
 
 def test_a_missing_font_is_said(tmp_path):
     with pytest.raises(ValueError, match="fonts-noto-color-emoji"):
-        data.make_emoji(tmp_path, "/no/such/font.ttf")
+        emoji.make_emoji(tmp_path, "/no/such/font.ttf")

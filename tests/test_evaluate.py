@@ -4,10 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clips
 import data
-from evaluate import COLUMNS, composition, motion, motion_prompts, moving_prompts, only_in_pictures, prompts
+from evaluate import COLUMNS, composition, motion, motion_prompts, moving_prompts, only_in_pictures, prompts, sweep
 from judge import judge, judge_clip, look
 
 
@@ -88,6 +89,19 @@ def test_the_judge_of_clips_is_right_on_true_ones_and_sees_what_is_wrong():
     assert noisy["flicker"] > 5 * good["flicker"] + 0.01
     empty = judge_clip(np.full_like(clip, 250), p.things, p.motions)[0]
     assert empty["motion"] == empty["identity"] == empty["amount"] == 0
+
+
+def test_a_sweep_asks_for_every_scale_once_and_draws_the_curves(tmp_path):
+    asked = []
+
+    def generate(texts, lambda_t, lambda_m):
+        asked.append((lambda_t, lambda_m))
+        return torch.full((len(texts), 8, 3, 64, 64), 250, dtype=torch.uint8)
+
+    rows = sweep(generate, 5, 0, tmp_path / "curves.png", motions=(1.0, 1.3), texts=(2.0, 7.5))["sweep"]
+    assert asked == [(2.0, 1.0), (2.0, 1.3), (7.5, 1.0)] == [(row["lambda_t"], row["lambda_m"]) for row in rows]
+    assert all(row["motion"] == row["frames"] == 0 for row in rows)
+    assert Image.open(tmp_path / "curves.png").size == (960, 320)
 
 
 def test_prompts_of_clips_are_fixed_and_half_of_them_are_of_what_only_pictures_have():

@@ -9,6 +9,7 @@ import torch
 
 import clips
 import data
+import evaluate
 import loop
 import sample
 import train
@@ -122,6 +123,12 @@ def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, cap
     for name in ["clip.gif", "clip.webp"] + ["clip.mp4"] * bool(shutil.which("ffmpeg")):
         sample.main(["a red circle moving left", *flags, "--out", str(tmp_path / name)])
         assert (tmp_path / name).stat().st_size > 0 and (tmp_path / "clip.png").exists()
+    with pytest.raises(ValueError, match="--frames -1: must be at least 1"):
+        sample.main(["a red circle moving left", *flags, "--frames", "-1"])
+    with pytest.raises(ValueError, match="trained on clips from a folder"):
+        evaluate.main(["--video", "--checkpoint", str(tmp_path / "all")])
+    with pytest.raises(ValueError, match="--sweep x.png: of clips only"):
+        evaluate.main(["--sweep", "x.png", "--checkpoint", str(folder.parent / "image")])
     with pytest.raises(ValueError, match="clips are written as .gif, .webp, .mp4"):
         sample.main(["a red circle moving left", *flags, "--out", str(tmp_path / "clip.avi")])
     video(folder, clip_folder, tmp_path / "layers", "--only-temporal", "--motion-free-mask", "false")
