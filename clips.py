@@ -125,8 +125,8 @@ class MovingShapes:
 
 def random_scene(rng):
     """Things without a place, their motions, and a relation or None, as clips have them."""
-    things, number = [], rng.choice((1, 2))
-    while len(things) < number:
+    things = []
+    while len(things) < rng.choice((1, 2)):  # asked again after each try: about 3 in 10 have two
         thing = data.random_thing(rng)
         if thing.colour in COLOURS and thing.texture in TEXTURES:
             things.append(thing)
