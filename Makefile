@@ -11,6 +11,7 @@ PY := .venv/bin/python
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	.venv/bin/pip install --quiet -r requirements-dev.txt
+	.venv/bin/pip install --quiet --no-deps open_clip_torch==3.3.0 diffsynth==1.1.7  # for a vocabulary file in each
 	touch $@
 
 demo: .venv/installed
