@@ -22,7 +22,7 @@ def written_out_attention(q, k, v, mask=None):
     """
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # (B, H, L, M)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(mask.logical_not(), torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)
     if mask is not None:
         weights = weights * mask  # changes only rows with nothing to attend, where softmax spreads evenly
