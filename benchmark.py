@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention
 from diffusion import guided_motion
 from dit import GenTron, ModelConfig
-from sample import device_of
+from pipeline import device_of
 
 
 def compare(first, second, repeats=7):
@@ -36,7 +36,8 @@ def batch(config, count, frames, side, length=20):
     """Random arguments for a text-conditioned model: count clips (or, with 0 frames, pictures) of side×side latents."""
     shape = (count, frames, config.channels, side, side) if frames else (count, config.channels, side, side)
     mask = torch.ones(count, length, dtype=torch.bool)
-    return torch.randn(shape), torch.randint(0, 1000, (count,)), torch.randn(count, length, config.text_width), mask
+    text = torch.randn(count, length, config.text_widths[0])
+    return torch.randn(shape), torch.randint(0, 1000, (count,)), (text,), (mask,)
 
 
 def step_of(model, arguments):

@@ -8,7 +8,8 @@ A data set has `captions`, a list of N strings, `clips(indices)`, a (B, F, 3, S,
 
 Clips of shapes are made so that the paper's problem exists: they are fewer than the pictures, blurred and noisy, and have
 not all colours and textures. What a cyan, dotted thing looks like, a video model can know from pictures alone. Things
-move in hops, from the middle of one cell to the next, so that each frame is a picture that the image model could draw.
+move in hops, from the middle of one cell to the next, so that each frame is a picture that the image model could draw,
+and from one end of the picture to the other, so that the word for the way tells as much as it can.
 """
 import random
 import shutil
@@ -25,8 +26,7 @@ from data import CELLS, COMPARISONS, RELATIONS, SIZES
 
 # ---------------------------------------------------------------------------------------------------------- shapes
 
-HOPS = 2  # in a clip
-MOTIONS = {  # (x, y, size) a hop
+MOTIONS = {  # signs of the way (x, y) and of the growth
     "moving left": (-1, 0, 0), "moving right": (1, 0, 0), "moving up": (0, -1, 0), "moving down": (0, 1, 0),
     "moving up left": (-1, -1, 0), "moving up right": (1, -1, 0), "moving down left": (-1, 1, 0),
     "moving down right": (1, 1, 0), "growing": (0, 0, 1), "shrinking": (0, 0, -1), "standing still": (0, 0, 0),
@@ -36,18 +36,17 @@ COLOURS = ("red", "orange", "green", "blue", "purple")  # the colours and textur
 TEXTURES = ("solid", "striped")
 
 
-def path(thing, motion, frames):
-    """A thing's place and radius in each frame: a list of F Things."""
+def path(thing, motion, frames, rng):
+    """A place for a thing, and its place and radius in each frame: a list of F Things. What moves goes from one end of
+    the picture to the other, cell by cell."""
     dx, dy, growth = MOTIONS[motion]
-    sizes = list(SIZES.values())[::growth] if growth else [SIZES[thing.size]] * (HOPS + 1)
-    hops = [((HOPS + 1) * i + 1) // frames for i in range(frames)]  # 0 0 0 1 1 2 2 2: the same backwards
-    return [replace(thing, x=thing.x + dx * hop / CELLS, y=thing.y + dy * hop / CELLS, r=sizes[hop]) for hop in hops]
-
-
-def inside(thing):
-    """Whether a thing is in the picture, but for 0.03."""
-    width, height = (share * thing.r for share in data.BOXES[thing.shape])
-    return width - 0.03 <= thing.x <= 1.03 - width and height - 0.03 <= thing.y <= 1.03 - height
+    sizes = list(SIZES.values())[::growth] if growth else [SIZES[thing.size]]
+    ways = [sizes]
+    for direction, share in zip((dx, dy), data.BOXES[thing.shape]):
+        cells = data.cells_for(share * max(sizes))
+        ways.append(cells[::direction] if direction else [rng.choice(cells)])
+    steps = ([way[round(i * (len(way) - 1) / (frames - 1))] for way in ways] for i in range(frames))  # 0 0 1 1 2 2 3 3
+    return [replace(thing, r=r, x=x, y=y) for r, x, y in steps]
 
 
 def apart(a, b):
@@ -60,15 +59,9 @@ def random_path(things, motions, relation, rng, frames, tries=300):
     """Places for things such that in every frame all are inside and apart and the relation, if any, holds between the
     two: a list of F lists of Things; None if no try gives that."""
     for _ in range(tries):
-        paths = []
-        for thing, motion in zip(things, motions):
-            x, y = ((rng.randrange(CELLS) + 0.5) / CELLS for _ in "xy")
-            paths.append(path(replace(thing, x=x, y=y), motion, frames))
+        paths = [path(thing, motion, frames, rng) for thing, motion in zip(things, motions)]
         scenes = [list(scene) for scene in zip(*paths)]
-        if all(
-            all(map(inside, scene)) and (len(scene) < 2 or apart(*scene)) and (not relation or data.holds(relation, *scene))
-            for scene in scenes
-        ):
+        if all((len(scene) < 2 or apart(*scene)) and (not relation or data.holds(relation, *scene)) for scene in scenes):
             return scenes
     return None
 
@@ -126,7 +119,8 @@ class MovingShapes:
 def random_scene(rng):
     """Things without a place, their motions, and a relation or None, as clips have them."""
     things = []
-    while len(things) < rng.choice((1, 2)):  # asked again after each try: about 3 in 10 have two
+    count = rng.choice((1, 2))
+    while len(things) < count:
         thing = data.random_thing(rng)
         if thing.colour in COLOURS and thing.texture in TEXTURES:
             things.append(thing)

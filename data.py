@@ -260,8 +260,8 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def open_picture(path, size):
-    """Any picture file → (size, size, 3) uint8: EXIF rotation applied, transparency on white, 16 bits to 8, scaled so
-    that the shorter side fits and cropped at the centre. ValueError with the reason if it cannot be used."""
+    """Any picture file, by path or open, → (size, size, 3) uint8: EXIF rotation applied, transparency on white, 16 bits
+    to 8, scaled so that the shorter side fits and cropped at the centre. ValueError with the reason if it cannot be used."""
     try:
         with Image.open(path) as image:
             if min(image.size) < 8:

@@ -28,10 +28,13 @@ class Diffusion:
     target: "noise", "velocity" or "x0". learned_variance: the output has C more channels, the interpolation between
     the two bounds of the reverse variance (Nichol & Dhariwal, equation 15).
     shift: s > 1 moves timesteps, in training and sampling alike, to more noise: u → s u / (1 + (s-1) u) with u = t/steps
-    (Esser et al. 2024, equation 23). Raises ValueError for an unknown schedule or target.
+    (Esser et al. 2024, equation 23). spacing: of the timesteps in sampling, "trailing" or "even", as in `timesteps`.
+    Raises ValueError for an unknown schedule, target or spacing.
     """
 
-    def __init__(self, schedule="cosine", target="velocity", learned_variance=False, shift=1.0, steps=1000):
+    def __init__(
+        self, schedule="cosine", target="velocity", learned_variance=False, shift=1.0, steps=1000, spacing="trailing"
+    ):
         if schedule == "linear":
             beta = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
         elif schedule == "cosine":
@@ -41,7 +44,10 @@ class Diffusion:
             raise ValueError(f"schedule {schedule!r} is not one of linear, cosine")
         if target not in ("noise", "velocity", "x0"):
             raise ValueError(f"target {target!r} is not one of noise, velocity, x0")
+        if spacing not in ("trailing", "even"):
+            raise ValueError(f"spacing {spacing!r} is not one of trailing, even")
         self.target, self.learned_variance, self.shift, self.steps = target, learned_variance, shift, steps
+        self.spacing = spacing
         self.alpha_bar = (1 - beta).cumprod(0)  # (steps,) float64
 
     def alpha_sigma(self, t, like):
@@ -75,12 +81,19 @@ class Diffusion:
         return (u * self.steps).long().clamp(max=self.steps - 1)
 
     def timesteps(self, count):
-        """`count` timesteps for sampling, falling from steps-1, evenly spaced before the shift (the "trailing" spacing
-        of Lin et al. 2023: the first one is pure noise). ValueError unless 1 ≤ count ≤ steps."""
+        """`count` timesteps for sampling, falling from steps-1, evenly spaced before the shift. "trailing" (Lin et al.
+        2023) ends one stride before the clean latent; "even" ends at 0, so that the last step is the shortest there is
+        (improved-diffusion and DiT). ValueError unless 1 ≤ count ≤ steps."""
         if not 1 <= count <= self.steps:
             raise ValueError(f"{count} sampling steps asked for, 1 to {self.steps} are possible")
-        u = torch.arange(count, 0, -1, dtype=torch.float64) / count
+        even = self.spacing == "even"
+        if even:
+            u = torch.linspace(1, 0, count, dtype=torch.float64)
+        else:
+            u = torch.arange(count, 0, -1, dtype=torch.float64) / count
         u = self.shift * u / (1 + (self.shift - 1) * u)
+        if even:
+            return (u * (self.steps - 1)).round().long().tolist()
         return ((u * self.steps).round().long() - 1).clamp(min=0).tolist()
 
     def loss(self, model, x0, t, noise):
@@ -133,7 +146,12 @@ def _predict(model, diffusion, x, t):
 
 
 def ddpm(model, diffusion, x, steps, generators):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), on any number of steps; uses a learned variance if there is."""
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), on any number of steps; uses a learned variance if there is.
+
+    The two bounds of the variance are those of the chain of the steps taken, not of all 1000 (Nichol & Dhariwal 2021,
+    section 4). The predicted x_0 is not clipped: latents have no bounds, and DiT's sampling does not clip either. The
+    last step adds no noise, so its variance, where log β̃ = -∞, is never used.
+    """
     times = diffusion.timesteps(steps)
     for t, s in zip(times, times[1:] + [-1]):
         x0, _, extra = _predict(model, diffusion, x, t)
@@ -185,13 +203,18 @@ def guided(model, condition, null, scale, rescale=0.0, interval=(0.0, 1.0), step
 
         out(∅) + λ_T (out(c) - out(∅))                                               (Ho & Salimans 2022)
 
-    condition and null: dictionaries of tensors with B rows, for the two passes, which run as one batch. scale: λ_T;
+    condition and null: dictionaries of tensors (or tuples of them) with B rows, for the two passes, which run as one batch. scale: λ_T;
     1 is the plain conditional model, in one pass. rescale φ: the guided output's standard deviation is pulled back to
     the conditional one's by this share (Lin et al. 2023, equations 15 and 16). interval: the share of the timesteps,
     0 = clean, 1 = noise, in which to guide (Kynkäänniemi et al. 2024); elsewhere one plain pass.
     All C channels are guided; channels beyond them (learned variance) are the conditional pass's.
     """
     return guided_motion(model, condition, null, null, scale, 1.0, rescale, interval, steps)
+
+
+def _rows(values):
+    """The rows of all, one after the other: tensors, or tuples of tensors."""
+    return torch.cat(values) if torch.is_tensor(values[0]) else tuple(map(torch.cat, zip(*values)))
 
 
 def guided_motion(model, condition, null_text, still, text_scale, motion_scale, rescale=0.0, interval=(0.0, 1.0), steps=1000):
@@ -204,10 +227,10 @@ def guided_motion(model, condition, null_text, still, text_scale, motion_scale, 
     """
     weights = (text_scale, motion_scale - text_scale, 1 - motion_scale)
     passes = [(w, c) for w, c in zip(weights, (condition, null_text, still)) if w or c is condition]
-    batched = {key: torch.cat([c[key] for _, c in passes]) for key in condition}
+    batched = {key: _rows([c[key] for _, c in passes]) for key in condition}
 
     def run(x, t):
-        if len(passes) == 1 or not interval[0] <= t[0].item() / steps <= interval[1]:
+        if len(passes) == 1 or interval != (0.0, 1.0) and not interval[0] <= t[0].item() / steps <= interval[1]:
             return model(x, t, **condition)
         outputs = model(torch.cat([x] * len(passes)), torch.cat([t] * len(passes)), **batched).chunk(len(passes))
         first, extra = channels(outputs[0], x)

@@ -37,7 +37,8 @@ import pictures
 from clips import MOTIONS
 from data import TEXTURES, Thing
 from judge import judge, judge_clip, look
-from sample import Pipeline, device_of, from_bytes, newest_run, parse_flags
+from pipeline import Pipeline, device_of, from_bytes
+from sample import newest_run, parse_flags
 
 COLUMNS = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 
 import data
-from clips import HOPS, MOTIONS
+from clips import MOTIONS
 from data import CELLS, COLOURS, SHAPES, SIZES, TEXTURES, Thing, distance, texture_share
 
 
@@ -159,14 +159,15 @@ def follow(found, things):
 
 
 def motion_of(track):
-    """The name of the motion of a track of F Things, the nearest by its whole way and growth; None for a way that is not
-    straight or steady: a frame more than 0.8 hops away from the line through all."""
+    """The name of the motion of a track of F Things, by its whole way (half a cell or more counts) and growth; None for a
+    way that is not straight or steady: a frame more than 0.8 cells away from the line through all."""
     i = np.arange(len(track)) - (len(track) - 1) / 2
-    paths = np.array([[thing.x * CELLS, thing.y * CELLS] for thing in track])  # (F, 2), in hops
+    paths = np.array([[thing.x * CELLS, thing.y * CELLS] for thing in track])  # (F, 2), in cells
     slope = (i[:, None] * paths).sum(0) / np.square(i).sum()  # a frame
     if np.abs(paths - paths.mean(0) - i[:, None] * slope).max() > 0.8:
         return None
-    x, y = ((paths[-1] - paths[0]) / HOPS).round().clip(-1, 1)
+    way = paths[-1] - paths[0]
+    x, y = np.sign(way) * (np.abs(way) > 0.5)
     size = np.round(np.log(track[-1].r / track[0].r) / np.log(SIZES["big"] / SIZES["small"])).clip(-1, 1)
     moved = (int(x), int(y), 0 if x or y else int(size))
     return next(name for name, motion in MOTIONS.items() if motion == moved)
@@ -179,7 +180,7 @@ def judge_clip(clip, things, motions):
     motion     1 if the named things are there and each moves as told
     identity   share of the frames in which a thing has the colour, shape and texture that it mostly has
     flicker    change from a frame to the next, mean over pixels, that what the things do does not explain
-    amount     how far things go, as a share of the way of those that move along an axis in a training clip
+    amount     how far things go, as a share of the way from the first cell of a row to its last
     """
     found = [look(frame) for frame in clip]
     rest = clip.astype(np.float32) - np.stack([data.draw(frame, clip.shape[1]) for frame in found])
@@ -190,5 +191,5 @@ def judge_clip(clip, things, motions):
         kinds = [[(thing.colour, thing.shape, thing.texture) for thing in track] for track in tracks]
         scores["identity"] = float(np.mean([max(map(kind.count, kind)) / len(kind) for kind in kinds]))
         ways = [np.hypot(track[-1].x - track[0].x, track[-1].y - track[0].y) for track in tracks]
-        scores["amount"] = float(min(1.0, np.mean(ways) * CELLS / HOPS))
+        scores["amount"] = float(min(1.0, np.mean(ways) * CELLS / (CELLS - 1)))
     return scores, found

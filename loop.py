@@ -152,7 +152,7 @@ def fit(config, model, batch_loss, preview, save):
                     group["lr"] = config.lr * learning_rate(config, step)
             loss, share = losses_of(step, generator)
             loss.mean().backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.max_norm)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -201,7 +201,7 @@ def load_checkpoint(path, config, trained, ema, optimizers):
         raise ValueError(f"{path} is damaged or holds more than weights: {str(error).splitlines()[0]}") from None
     for key in (
         "size", "data", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer", "schedule", "target",
-        "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal", "p_motion_free",
+        "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal", "p_motion_free", "one_frame", "two_frames", "four_frames",
     ):  # fmt: skip
         if saved["config"].get(key) != getattr(config, key):
             flag = f"--{key.replace('_', '-')}"

@@ -4,7 +4,7 @@ import torch
 from conditioning import masked_mean
 from dit import GenTron, ModelConfig, patchify, position_embedding, sincos, unpatchify
 
-SMALL = dict(depth=2, width=24, heads=3, channels=3, out_channels=3, text_width=10, qk_norm=True)
+SMALL = dict(depth=2, width=24, heads=3, channels=3, out_channels=3, text_widths=(10,), qk_norm=True)
 
 
 def small(**changes):
@@ -16,7 +16,7 @@ def inputs(batch=3, length=5, width=10, height=8, columns=8):
     t = torch.tensor([5, 500, 999])[:batch]
     text = torch.randn(batch, length, width, dtype=torch.float64)
     mask = torch.arange(length) < torch.tensor([[length], [2], [3]])[:batch]
-    return x, t, text, mask
+    return x, t, (text,), (mask,)
 
 
 @torch.no_grad()
@@ -75,31 +75,61 @@ def test_output_is_zero_at_the_start_and_every_branch_moves_within_two_steps():
 @pytest.mark.parametrize("integration", ["cross", "adaln"])
 def test_padding_changes_nothing(integration):
     model = shake(small(integration=integration))
-    x, t, text, mask = inputs()
-    before = model(x, t, text, mask)
+    x, t, (text,), (mask,) = inputs()
+    before = model(x, t, (text,), (mask,))
     garbage = torch.where(mask[..., None], text, 1e3 * torch.randn_like(text))
     longer = torch.cat([garbage, 1e3 * torch.randn(3, 4, 10, dtype=torch.float64)], 1)
     longer_mask = torch.cat([mask, torch.zeros(3, 4, dtype=torch.bool)], 1)
-    torch.testing.assert_close(model(x, t, longer, longer_mask), before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(x, t, (longer,), (longer_mask,)), before, rtol=0, atol=1e-6)
     changed = text.clone()
     changed[1, 1] += 1  # a word, not padding
-    assert (model(x, t, changed, mask) - before)[1].abs().max() > 1e-4
-    assert torch.equal((model(x, t, changed, mask) - before)[0], torch.zeros_like(x[0]))
+    assert (model(x, t, (changed,), (mask,)) - before)[1].abs().max() > 1e-4
+    assert torch.equal((model(x, t, (changed,), (mask,)) - before)[0], torch.zeros_like(x[0]))
 
 
 @pytest.mark.parametrize("null_tokens", [1, 7])
 def test_dropped_rows_see_the_null_text_and_nothing_of_the_caption(null_tokens):
-    model = shake(small(null_tokens=null_tokens))
+    model = shake(small(null_tokens=(null_tokens,)))
     x, t, text, mask = inputs()
     dropped = torch.tensor([False, True, True])
     out = model(x, t, text, mask, dropped)
-    other = model(x, t, torch.randn_like(text), ~mask, dropped)
+    other = model(x, t, (torch.randn_like(text[0]),), (~mask[0],), dropped)
     torch.testing.assert_close(out[1:], other[1:])
     assert (out[0] - other[0]).abs().max() > 1e-4
     # and it is exactly as if the null tokens had been given as a caption
-    null = model.condition.null.detach().expand(3, -1, -1)
-    as_text = model(x, t, null, torch.ones(3, null_tokens, dtype=torch.bool))
+    null = model.condition.null[0].detach().expand(3, -1, -1)
+    as_text = model(x, t, (null,), (torch.ones(3, null_tokens, dtype=torch.bool),))
     torch.testing.assert_close(out[1:], as_text[1:])
+
+
+def test_two_encoders_take_turns_in_the_blocks_and_are_added_in_the_vector():
+    """CLIP-T5 (paper, section 3.2): block 0 reads the first text, block 1 the second, block 2 the first again. With the
+    pooling MLPs silenced, a text whose blocks are silenced too leaves no trace."""
+    two = dict(depth=3, text_widths=(10, 14), null_tokens=(2, 3), pooling=("last", "mean"))
+    model = shake(small(**two))
+    x, t, (first,), (mask,) = inputs()
+    second, second_mask = torch.randn(3, 4, 14, dtype=torch.float64), torch.ones(3, 4, dtype=torch.bool)
+    out = lambda a, b: model(x, t, (a, b), (mask, second_mask))
+    assert [block.cross_attention.k.in_features for block in model.blocks] == [10, 14, 10]
+    pooled = model.condition((first, second), (mask, second_mask), torch.zeros(3, dtype=torch.bool))[2]
+    by_hand = model.condition.pool[0](torch.stack([first[0, 4], first[1, 1], first[2, 2]]))  # masks of 5, 2 and 3 words
+    torch.testing.assert_close(pooled, by_hand + model.condition.pool[1](second.mean(1)))
+    with torch.no_grad():
+        for mlp in model.condition.pool:
+            mlp[2].weight.zero_()
+        model.blocks[1].cross_attention.out.weight.zero_()
+    before = out(first, second)
+    assert torch.equal(out(first, second + 1), before) and (out(first + 1, second) - before).abs().max() > 1e-4
+    other = shake(small(**two))
+    with torch.no_grad():
+        for mlp in other.condition.pool:
+            mlp[2].weight.zero_()
+        for k in (0, 2):
+            other.blocks[k].cross_attention.out.weight.zero_()
+    model = other
+    assert torch.equal(out(first + 1, second), out(first, second)) and (out(first, second + 1) - out(first, second)).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="2 text widths, 1 null texts"):
+        small(text_widths=(10, 14), pooling=("mean", "mean"))
 
 
 def test_masked_mean_by_hand():
@@ -130,7 +160,7 @@ def test_samples_do_not_see_each_other():
     model = shake(small())
     x, t, text, mask = inputs()
     whole = model(x, t, text, mask)
-    alone = model(x[1:2], t[1:2], text[1:2], mask[1:2])
+    alone = model(x[1:2], t[1:2], (text[0][1:2],), (mask[0][1:2],))
     torch.testing.assert_close(whole[1:2], alone)
 
 
@@ -143,6 +173,12 @@ def test_sizes():
             model = GenTron(config)
         positions = 256 * config.width  # DiT counts its table of fixed positions; here it is computed
         assert sum(p.numel() for p in model.parameters()) + positions == pytest.approx(count, rel=5e-4)
+    # GenTron's two (paper, Table 1), both encoders interleaved, by the reconstruction in dit.py
+    clip_t5 = dict(text_widths=(768, 4096), null_tokens=(77, 256), pooling=("last", "mean"), out_channels=8)
+    for size, count in (("XL", 930.0e6), ("G", 3083.8e6)):
+        with torch.device("meta"):
+            model = GenTron(ModelConfig.of(size, **clip_t5))
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=1e-3)
     with pytest.raises(ValueError, match="'huge' is not one of mini, S"):
         ModelConfig.of("huge")
     with pytest.raises(ValueError, match="integration 'none'"):

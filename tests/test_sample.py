@@ -9,7 +9,8 @@ from PIL import Image
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, check_scale
-from sample import Pipeline
+from diffusion import guided
+from pipeline import Pipeline
 from text_encoders import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(CAPTIONS)
     config = dict(
-        model=dict(depth=2, width=24, heads=2, channels=4, out_channels=4, text_width=16),
+        model=dict(depth=2, width=24, heads=2, channels=4, out_channels=4, text_widths=(16,)),
         text=dict(vocabulary=len(tokenizer), width=16, depth=1, heads=2, head_width=8, mlp_width=16),
         autoencoder=dict(channels=4, width=16, depth=1), diffusion=dict(schedule="cosine", target="velocity"),
         image_size=32, words=sorted({w for c in CAPTIONS for w in c.split()}), flags=dict(data="shapes"),
@@ -56,21 +57,20 @@ def test_null_text_of_training_and_sampling_is_one_object(run):
     """With guidance 0 only the null pass counts: the prompt's words, its length included, must leave no trace; and a
     change of the one null parameter changes both what training with a dropped caption and what sampling sees."""
     model = Pipeline.load(run)
-    tokens, mask = model.tokenizer(CAPTIONS[:1])
+    tokens, masks = model.tokenize(CAPTIONS[:1])
     x, t, dropped = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.tensor([True])
-    trained = model(x, t, tokens, mask, dropped)
-    sampled = sample.guided(
-        model.transformer,
-        dict(text=model.text_encoder(tokens, mask), mask=mask, dropped=~dropped),
-        dict(text=model.text_encoder(tokens, mask), mask=mask, dropped=dropped), 0.0,
-    )  # fmt: skip
+    trained = model(x, t, tokens, masks, dropped)
+    text = model.encode_text(tokens, masks)
+    sampled = guided(
+        model.transformer, dict(text=text, mask=masks, dropped=~dropped), dict(text=text, mask=masks, dropped=dropped), 0.0
+    )
     torch.testing.assert_close(sampled(x, t), trained)
     with torch.no_grad():
-        model.transformer.condition.null.add_(1.0)
-    changed = model(x, t, tokens, mask, dropped)
+        model.transformer.condition.null[0].add_(1.0)
+    changed = model(x, t, tokens, masks, dropped)
     assert (changed - trained).abs().max() > 1e-4
     torch.testing.assert_close(sampled(x, t), changed)
-    assert [name for name, _ in model.named_parameters() if "null" in name] == ["transformer.condition.null"]
+    assert [name for name, _ in model.named_parameters() if "null" in name] == ["transformer.condition.null.0"]
 
 
 def test_commands(run, tmp_path):
@@ -91,8 +91,8 @@ def test_commands(run, tmp_path):
     call("--prompts", "list.txt", "--out", "many", *common)
     call("--prompts", "list.txt", "--grid", "--out", "new/grid.png", "--zoom", 1, *common)
     assert Image.open(tmp_path / "new" / "grid.png").width == 2 * 32 + 12
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["000000.png", "000001.png", "prompts.txt"]
-    first = np.asarray(Image.open(tmp_path / "many" / "000000.png")).astype(int)
+    assert sorted(p.name for p in (tmp_path / "many/samples").iterdir()) == ["a red circle_000000.png", "a star_000001.png"]
+    first = np.asarray(Image.open(tmp_path / "many/samples/a red circle_000000.png")).astype(int)
     model = Pipeline.load(run)
     assert abs(first - model.generate(["a red circle"], steps=2)[0].permute(1, 2, 0).numpy()).max() <= 1
     for arguments, message in (
@@ -107,6 +107,7 @@ def test_commands(run, tmp_path):
         (["--prompts", "latin.txt", *common], "--prompts latin.txt: not a text file in UTF-8"),
         (["a star", "--device", "banana", *common], "--device banana: not to be had"),
         (["a star", "--batch-size", 0, *common], "--batch-size 0: must be at least 1"),
+        (["a star", "--image-size", "40x30", *common], "--image-size 40x30: must be a multiple of 16, or two"),
     ):
         result = call(*arguments, code=1)
         assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
@@ -139,3 +140,36 @@ def test_kl_is_that_of_two_gaussians():
     posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
     torch.testing.assert_close(with_kl - without, kl)
+
+
+def test_lists_of_prompts_become_the_folder_that_t2i_compbench_reads(run, tmp_path, monkeypatch):
+    """PROMPT_NUMBER.png, numbered on from prompt to prompt; in shares, and going on where it stopped."""
+    table = tmp_path / "parti.tsv"
+    table.write_text("Prompt\tCategory\na red circle\tAbstract\na big pink/blue_star\tWorld\n", encoding="utf-8")
+    flags = ["--prompts", str(table), "--per-prompt", "3", "--checkpoint", str(run), "--steps", "2", "--out", str(tmp_path / "out")]
+    names = [f"a red circle_00000{i}.png" for i in range(3)] + [f"a big pink blue star_00000{i}.png" for i in range(3, 6)]
+    folder, written = tmp_path / "out" / "samples", lambda: {p.name for p in (tmp_path / "out" / "samples").iterdir()}
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sample.main(flags)
+    assert written() == {names[1], names[3], names[5]}
+    monkeypatch.setenv("RANK", "0")
+    sample.main(flags)
+    assert written() == set(names)
+    first = [(folder / name).read_bytes() for name in names]
+    assert len(set(first)) == 6  # no two alike
+    (folder / names[2]).unlink()
+    (folder / names[0]).write_bytes(b"kept")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    sample.main(flags)
+    again = [(folder / name).read_bytes() for name in names]
+    assert again[0] == b"kept" and again[1:] == first[1:]
+    assert sample.read_prompts(table) == ["a red circle", "a big pink/blue_star"]
+    assert len(sample.file_name("x" * 500, 3, ".png").encode()) < 255
+    assert all(name.rpartition("_")[2] == f"{i:06d}.png" and name.count("_") == 1 for i, name in enumerate(names))
+
+
+def test_any_aspect_ratio(run):
+    model = Pipeline.load(run)
+    assert sample.read_size("48x80") == (48, 80) and sample.read_size("64") == (64, 64)
+    assert model.generate(CAPTIONS[:1], steps=2, size=(48, 80)).shape == (1, 3, 48, 80)

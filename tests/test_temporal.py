@@ -5,7 +5,7 @@ from diffusion import guided, guided_motion
 from dit import GenTron, ModelConfig, sincos
 from temporal import TempSelfAttn, inflate, motion_free_mask
 
-SMALL = dict(depth=2, width=32, heads=4, channels=3, out_channels=3, text_width=16)
+SMALL = dict(depth=2, width=32, heads=4, channels=3, out_channels=3, text_widths=(16,))
 B, F, L = 3, 5, 4
 
 
@@ -22,14 +22,14 @@ def batch(dtype=torch.float32):
     t = torch.randint(0, 1000, (B,))
     text = torch.randn(B, L, 16, dtype=dtype)
     mask = torch.arange(L) < torch.tensor([[4], [2], [3]])
-    return x, t, text, mask
+    return x, t, (text,), (mask,)
 
 
 def test_the_inflated_model_equals_the_image_model_on_every_frame_to_the_bit():
     image = random_weights(GenTron(ModelConfig(**SMALL)))
     video = GenTron(ModelConfig(**SMALL, temporal=True))
     new = inflate(video, image.state_dict())
-    assert new and all(".temporal." in name for name in new) and len(new) == len(video.state_dict()) - len(image.state_dict())
+    assert new and all("temporal." in name for name in new) and len(new) == len(video.state_dict()) - len(image.state_dict())
     assert not any("temporal" in name for name in image.state_dict())  # an image model pays nothing
     x, t, text, mask = batch()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_the_inflated_model_equals_the_image_model_on_every_frame_to_the_bit():
         (video(x, t, text, mask) - torch.randn(B, F, 3, 4, 6)).square().mean().backward()
         optimizer.step()
         moved = {name for name, p in video.named_parameters() if not torch.equal(p, before[name])}
-        assert {name for name in new if ".attention.out." in name} <= moved
+        assert {name for name in new if ".attention.out." in name or "temporal.mlp.2" in name} <= moved
     assert {n for n in new if n.endswith("weight")} <= moved
 
 
@@ -84,26 +84,38 @@ def test_each_clip_of_a_batch_has_its_own_mask_and_the_shortcut_equals_it():
 def test_the_layer_is_the_equation_in_the_paper():
     """x + TempSelfAttn(LN(x)) over the frames of one place, against torch's attention."""
     layer = random_weights(TempSelfAttn(16, 2).double())
-    x, positions = torch.randn(1, 3 * 4, 16, dtype=torch.float64), sincos(torch.arange(3), 16).double()
+    x, positions = torch.randn(1, 3, 4, 16, dtype=torch.float64), sincos(torch.arange(3), 16).double()
     theirs = torch.nn.MultiheadAttention(16, 2, batch_first=True).double()
     ours = layer.attention
     with torch.no_grad():
         theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]))
         theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]))
         theirs.out_proj.load_state_dict(ours.out.state_dict())
-        y = layer.norm(x).view(3, 4, 16).transpose(0, 1) + positions  # (N, F, D)
-        expected = x + theirs(y, y, y)[0].transpose(0, 1).reshape(1, 12, 16)
+        y = layer.norm(x)[0].transpose(0, 1) + positions  # (N, F, D)
+        expected = x + theirs(y, y, y)[0].transpose(0, 1)[None]
         torch.testing.assert_close(layer(x, positions, None), expected)
 
 
 def test_without_positions_a_clip_cannot_be_told_from_its_reverse():
     layer = random_weights(TempSelfAttn(16, 2))
     x = torch.randn(2, F, 6, 16)
-    run = lambda clip, positions: layer(clip.flatten(1, 2), positions, None).unflatten(1, (F, 6))
     with torch.no_grad():
         for positions, same in ((torch.zeros(F, 16), True), (sincos(torch.arange(F), 16), False)):
-            forth, back = run(x, positions), run(x.flip(1), positions).flip(1)
+            forth, back = layer(x, positions, None), layer(x.flip(1), positions, None).flip(1)
             assert torch.allclose(forth, back, atol=1e-5) == same
+
+
+def test_frames_taken_out_of_a_clip_keep_their_numbers():
+    """With the attention silenced, frames 1 and 4 alone are what they are in the whole clip; with numbers 0 and 1 they
+    are not."""
+    video = random_weights(GenTron(ModelConfig(**SMALL, temporal=True)).double())
+    for block in video.blocks:
+        torch.nn.init.zeros_(block.temporal.attention.out.weight)
+    x, t, text, mask = batch(torch.float64)
+    two, numbers = x[:, [1, 4]], torch.tensor([1, 4])
+    with torch.no_grad():
+        torch.testing.assert_close(video(two, t, text, mask, numbers=numbers), video(x, t, text, mask)[:, [1, 4]])
+        assert (video(two, t, text, mask) - video(x, t, text, mask)[:, [1, 4]]).abs().max() > 1e-4
 
 
 def toy(x, t, text, motion_free):

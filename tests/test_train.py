@@ -15,7 +15,7 @@ import sample
 import train
 import weights
 from muon import Muon, orthogonalise
-from sample import Pipeline
+from pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--steps", "6", "--batch-size", "4", "--log-every", "2", "--sample-every", "100", "--checkpoint-every", "3"]
@@ -153,10 +153,10 @@ def test_the_mask_and_the_captions_are_dropped_independently(folder, clip_folder
     seen = set()
     real = Pipeline.forward
 
-    def spy(self, x, t, tokens, mask, dropped, motion_free=None):
+    def spy(self, x, t, tokens, masks, dropped, motion_free=None, numbers=None):
         free = torch.zeros_like(dropped) if motion_free is None else motion_free
         seen.update(zip(free.tolist(), dropped.tolist()))
-        return real(self, x, t, tokens, mask, dropped, motion_free)
+        return real(self, x, t, tokens, masks, dropped, motion_free, numbers)
 
     monkeypatch.setattr(Pipeline, "forward", spy)
     video(folder, clip_folder, tmp_path, "--caption-dropout", "0.5", "--p-motion-free", "0.5", "--batch-size", "16")
