@@ -1,4 +1,4 @@
-# make demo: from nothing to pictures of what the prompt says.  make test: the tests.  Each sets itself up.
+# make demo: from nothing to pictures, and clips, of what the prompt says.  make test: the tests.  Each sets itself up.
 PYTHON ?= python3
 PY := .venv/bin/python
 
@@ -19,6 +19,9 @@ demo: .venv/installed
 	$(PY) train.py image
 	$(PY) sample.py --checkpoint runs/image-shapes --prompts demo.txt --grid --out runs/demo.png
 	$(PY) evaluate.py --checkpoint runs/image-shapes --json runs/demo.json
+	$(PY) train.py video
+	$(PY) sample.py --checkpoint runs/video-shapes --frames 8 --lambda-m 1.3 --prompts demo_clips.txt --grid --zoom 2 --out runs/clips.gif
+	$(PY) evaluate.py --video --checkpoint runs/video-shapes --json runs/clips.json
 
 test: .venv/installed-dev
 	$(PY) -m pytest -q tests

@@ -104,6 +104,9 @@ class MovingShapes:
                 self.scenes.append(scenes)
                 self.captions.append(describe(scenes[0], motions, relation, random.Random(wording)))
 
+    def __len__(self):
+        return len(self.captions)
+
     def clips(self, indices):
         clips = np.stack([self.film(int(i)) for i in indices])
         return torch.from_numpy(clips).permute(0, 1, 4, 2, 3)
@@ -209,6 +212,9 @@ class ClipFolder:
         self.captions, found, self.skipped = data.read_folder(folder, entries, read, "--clips", "clip (gif, webp, png, mp4, …)")
         self.held = sum(length < frames for _, length in found)
         self.array = torch.from_numpy(np.stack([clip for clip, _ in found])).permute(0, 1, 4, 2, 3)  # (N, F, 3, S, S)
+
+    def __len__(self):
+        return len(self.captions)
 
     def clips(self, indices):
         return self.array[torch.as_tensor(indices)]

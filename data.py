@@ -248,6 +248,9 @@ class Shapes:
                 places = 0.4 if len(things) < 3 else 0.0
                 self.captions.append(describe(things, relation, random.Random(wording), places))
 
+    def __len__(self):
+        return len(self.captions)
+
     def pictures(self, indices):
         pictures = np.stack([draw(self.scenes[i], self.size) for i in indices])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
@@ -342,6 +345,9 @@ class Folder:
         self.captions, pictures, self.skipped = read_folder(folder, files, read, "--data", "picture (png, jpg, webp)")
         self.array = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (N, 3, S, S)
 
+    def __len__(self):
+        return len(self.captions)
+
     def pictures(self, indices):
         return self.array[torch.as_tensor(indices)]
 
@@ -349,3 +355,16 @@ class Folder:
 def load(data, size, seed=0):
     """The data set that --data names: "shapes" or a folder."""
     return Shapes(size, seed=seed) if data == "shapes" else Folder(data, size)
+
+
+if __name__ == "__main__":
+    import sys
+
+    import latents
+
+    try:
+        if sys.argv[1:2] != ["encode"]:
+            raise ValueError("say what to do: python data.py encode --data DIR --out CACHE [--flag value …]")
+        latents.main(sys.argv[2:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")

@@ -233,6 +233,10 @@ def initialise(model):
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)  # keeps the variance of activations from layer to layer
             nn.init.zeros_(module.bias)  # no preference before data
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            nn.init.ones_(module.weight)  # normalised, and nothing else
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     for layer in (model.time.mlp[0], model.time.mlp[2]):
         nn.init.normal_(layer.weight, std=0.02)  # DiT's: small, so that c starts near zero
     if isinstance(model.condition, LabelCondition):

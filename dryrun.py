@@ -157,7 +157,7 @@ def report(stage, config):
     work = config.batch_size * flops(model_config, frames, side, lengths, config.checkpointing)
     reading = config.batch_size * sum(2 * size(frozen[name]) * L for name, L in zip(READERS, lengths) if name in frozen)
     lines.append(f"a step of {config.batch_size}: {work / 1e12:.2f} TFLOP, and {reading / 1e12:.2f} for the frozen text encoders")
-    half, local = config.precision != "fp32", math.ceil(config.batch_size / config.gpus)
+    half, local = config.precision != "fp32", math.ceil(config.batch_size / config.gpus / config.accumulate)
     moving = activations(
         model_config, local, frames, side, lengths, torch.bfloat16 if half else torch.float32, config.checkpointing,
         config.attention != "written",
@@ -167,6 +167,7 @@ def report(stage, config):
         "gradients": total * 4 / config.gpus,
         "optimizer": total * OPTIMIZER[config.optimizer] / config.gpus,
         "EMA": total * 4 / config.gpus,
+        "two gathered blocks": 2 * size(model.blocks[0]) * (2 if half else 4) * (config.gpus > 1),
         "frozen": sum(size(module) * (4 if name == "autoencoder" else 2) for name, module in frozen.items()),
         f"activations of {local}": moving,
     }

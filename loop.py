@@ -1,12 +1,17 @@
-"""The training loop that all stages share: the order of the data, the optimizers, the log, the checkpoint.
+"""The training loop that all stages share: the order of the data, the optimizers, the log, stops and faults.
 
 Step i of a run draws its batch and its noise from (seed, i) alone. A resumed run is therefore the same, bit for bit,
-as one that was never interrupted, and there is no random state to save.
+as one that was never interrupted, and there is no random state to save; and every number of processes sees the same
+batches, of which each computes its rows.
 """
 import dataclasses
 import functools
+import importlib.util
 import json
+import math
 import os
+import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,7 +20,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import checkpoints
+import distributed
 import pictures
+import shards
 from muon import Muon
 
 
@@ -66,26 +74,39 @@ def matmul_rate(device, dtype=torch.float32, n=2048, repeats=4):
     return best
 
 
+@functools.cache
 def computing_dtype(precision, device):
     """The dtype of the products in training (weights, their gradients and the optimizer stay in fp32). "auto" measures
-    which is faster here: with instructions for it, bf16 is so by far; without, it is slower by far."""
+    which is faster here: with instructions for it, bf16 is so by far; without, it is slower by far. Ranks decide together."""
     if precision == "auto":
         faster = matmul_rate(device, torch.bfloat16, 1024, 8) > matmul_rate(device, torch.float32, 1024, 8)
-        precision = "bf16" if faster else "fp32"
+        precision = "bf16" if 2 * distributed.total(faster) > distributed.world() else "fp32"
     return dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
 
 
 class Log:
-    """metrics.jsonl and loss.png. On resume, keeps what was logged before the checkpoint's step."""
+    """metrics.jsonl and loss.png, and event files where TensorBoard is installed; rank 0 writes them. On resume, keeps what
+    was logged before the checkpoint's step."""
 
     def __init__(self, folder, step):
-        self.path = folder / "metrics.jsonl"
+        self.path, self.rows, self.events = folder / "metrics.jsonl", [], None
+        if distributed.rank() > 0:
+            return
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(folder, purge_step=step)
         lines = self.path.read_text().splitlines() if step and self.path.exists() else []
         self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def __call__(self, **row):
+        if distributed.rank() > 0:
+            return
         self.rows.append(row)
+        for name, value in row.items():
+            if self.events and isinstance(value, (int, float)):
+                self.events.add_scalar(name, value, row["step"])
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -105,114 +126,201 @@ def by_bin(values, shares, bins=4):
     return [values[which == i].mean().item() if (which == i).any() else None for i in range(bins)]
 
 
-def fit(config, model, batch_loss, preview, save):
+def rows_of(config, part=0):
+    """Which rows of the global batch this rank computes in part `part` of --accumulate: a slice."""
+    count = config.batch_size // distributed.world() // config.accumulate
+    start = (distributed.rank() * config.accumulate + part) * count
+    return slice(start, start + count)
+
+
+class Ahead:
+    """read(step, rows) of tar shards: worker processes read ahead, in the order of the run, which starts where it is asked
+    first. A batch that is asked for twice is kept."""
+
+    def __init__(self, config, dataset):
+        self.config, self.dataset, self.batches, self.last = config, dataset, None, None
+
+    def indices(self, k):
+        """Of the k-th part of the run's batches, on this rank."""
+        step, part = divmod(k, self.config.accumulate)
+        rows = rows_of(self.config, part)
+        own = self.dataset.indices_of(step, self.config.batch_size, self.config.seed, distributed.rank(), distributed.world())
+        first = distributed.rank() * len(own)
+        return own[rows.start - first : rows.stop - first]
+
+    def __call__(self, step, rows):
+        start = rows_of(self.config)
+        k = step * self.config.accumulate + (rows.start - start.start) // (start.stop - start.start)
+        if self.batches is None:
+            end = max(k + 1, self.config.steps * self.config.accumulate)  # one, for a run that is at its end already
+            self.batches = shards.batches(self.dataset, range(k, end), self.indices, self.config.workers)
+        if self.last is None or self.last[0] != k:
+            self.last = k, next(self.batches)
+            for index, reason in self.last[1][2].items():
+                print(f"sample {index} is left out, another takes its place: {reason}")
+        pictures, captions, _ = self.last[1]
+        return self.indices(k).tolist(), pictures, captions
+
+
+def noise_of(shape, seed, step, rows):
+    """Unit Gaussian noise for these rows of the batch of a step, (rows, *shape): each row's from (seed, step, row) alone,
+    whatever the number of ranks."""
+    seeds = (hash((seed, step, row)) & (2**63 - 1) for row in range(rows.start, rows.stop))
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(one)) for one in seeds])
+
+
+def generator_of(config, step, use):
+    """Random numbers of a step, the same on every rank, for one use of them: "batch" or "loss". Two uses share no numbers."""
+    return torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 2 + ("batch", "loss").index(use))
+
+
+class Stop:
+    """SIGTERM (a cluster takes the machine back) and SIGINT (Ctrl-C) end a run after the step, with a checkpoint."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(self, number, frame):
+        self.asked = True
+
+    def over(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def memory_of(device):
+    """GiB that this process has taken at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def fit(config, model, read, batch_loss, preview, save):
     """The loop that all stages share.
 
-    batch_loss(step, generator) → losses (B,) and what they depend on, shares (B,) in 0…1 or None; preview(step) draws
-    from the EMA weights; save(state) writes the run's model from an EMA state.
+    read(step, rows) → a batch of these rows of the step's global batch; its first item names them, for the log.
+    batch_loss(batch, step, rows, generator) → losses (B,) and what they depend on, shares (B,) in 0…1 or None; generator:
+    for what is drawn for the whole global batch. preview() → a Pillow image, drawn from the weights; save(state) writes the
+    run's model from a state of whole tensors. ValueError if --batch-size cannot be shared out, the folder cannot be
+    written, or the loss is no number for --patience steps in a row.
     """
     folder, device = Path(config.out), next(model.parameters()).device
+    if config.batch_size % (distributed.world() * config.accumulate):
+        raise ValueError(
+            f"--batch-size {config.batch_size}: not a multiple of {distributed.world()} processes times --accumulate {config.accumulate}"
+        )
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
     dtype = computing_dtype(config.precision, device)
     optimizers, first = make_optimizers(config, model, dtype), 0
 
-    def losses_of(step, generator):
+    def losses_of(step, part):
+        rows, generator = rows_of(config, part), generator_of(config, step, "loss")
+        start = time.perf_counter()
+        batch = read(step, rows)
+        waited = time.perf_counter() - start
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            loss, share = batch_loss(step, generator)
-        return loss.float(), share
+            loss, share = batch_loss(batch, step, rows, generator)
+        return loss.float(), share, batch[0], waited
 
-    checkpoint = folder / "checkpoint.pt"
-    if config.resume:
-        first = load_checkpoint(checkpoint, config, trained, ema, optimizers)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints.folders(folder)
+    if config.resume or restarted:
+        first = checkpoints.load(folder, config, trained, ema, optimizers)
     log, rate = Log(folder, first), matmul_rate(device, dtype)
     with FlopCounterMode(display=False) as counter:  # on a step of its own: counting may change the last bits of a result
-        losses_of(first, torch.Generator().manual_seed(0))[0].mean().backward()
-    flops = counter.get_total_flops()
+        losses_of(first, 0)[0].mean().backward()
+    flops = counter.get_total_flops() * config.accumulate
     model.zero_grad(set_to_none=True)
     count = sum(p.numel() for p in trained.values())
     print(f"{folder}: {count / 1e6:.1f}M trained parameters on {device}, {str(dtype)[6:]} products, steps {first}…{config.steps}")
 
     def write(step):
-        weights_now = dict(model=trained, ema=ema, optimizers=[o.state_dict() for o in optimizers])
-        torch.save(weights_now | dict(step=step, config=dataclasses.asdict(config)), f"{checkpoint}.tmp")
-        os.replace(f"{checkpoint}.tmp", checkpoint)
-        save(model.state_dict() | ema)
-        log.draw()
+        checkpoints.save(folder, step, dataclasses.asdict(config), checkpoints.state_of(trained, ema, optimizers), config.keep)
+        state = {}
+        for name, tensor in model.state_dict().items():
+            tensor = distributed.whole(ema.get(name, tensor))
+            if distributed.rank() == 0:
+                state[name] = tensor.cpu()
+        if distributed.rank() == 0:
+            save(state)
+            log.draw()
 
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, disable=None, mininterval=1)
-    losses, shares, since, begin = [], [], time.perf_counter(), first
-    step = first
+    @torch.no_grad()
+    def fill(weights):
+        for name, p in trained.items():
+            p.copy_(weights[name])
+
+    def show(step):
+        raw = {name: p.detach().clone() for name, p in trained.items()}
+        for name, weights in (("", ema), ("-raw", raw)):  # in this order: the run goes on with the raw ones
+            fill(weights)
+            image = preview()  # on every rank, since each holds a share of the weights
+            if distributed.rank() == 0:
+                image.save(folder / "samples" / f"{step:06d}{name}.png")
+
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, mininterval=1,
+               disable=None if distributed.rank() == 0 else True)  # fmt: skip
+    losses, shares, waited, since, begin, skipped, stop = [], [], 0.0, time.perf_counter(), first, 0, Stop()
     try:
         for step in bar:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * learning_rate(config, step)
-            loss, share = losses_of(step, generator)
-            loss.mean().backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.max_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            decay = min(config.ema, (1 + step) / (10 + step))  # warm-up: a short run must not average its first noise
-            torch._foreach_lerp_(list(ema.values()), list(trained.values()), 1 - decay)
-            losses.append(loss.detach())
-            shares.append(share)
+            for part in range(config.accumulate):
+                distributed.synchronise(model, part == config.accumulate - 1)
+                loss, share, names, wait = losses_of(step, part)
+                (loss.mean() / config.accumulate).backward()
+                losses.append(loss.detach())
+                shares.append(share)
+                waited += wait
+            norm = distributed.whole(torch.nn.utils.clip_grad_norm_(trained.values(), config.max_norm)).item()
+            if math.isfinite(norm):  # on all ranks or on none, as it is the norm of all
+                skipped = 0
+                for optimizer in optimizers:
+                    optimizer.step()
+                decay = min(config.ema, (1 + step) / (10 + step))  # warm-up: a short run must not average its first noise
+                torch._foreach_lerp_(list(ema.values()), list(trained.values()), 1 - decay)
+            else:
+                skipped += 1
+                losses, shares = losses[: -config.accumulate], shares[: -config.accumulate]
+                log(step=step + 1, skipped=[str(name) for name in names], grad_norm=str(norm))
+                if skipped == config.patience:
+                    raise ValueError(
+                        f"the gradient was no number in {skipped} steps in a row, the last of them {step + 1}; the last good "
+                        f"checkpoint in {folder} is as it was. Try a lower --lr; {folder}/metrics.jsonl names the batches"
+                    )
+            model.zero_grad(set_to_none=True)
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
+            stopped = distributed.total(stop.asked) > 0  # whichever rank was asked
+            last = done == config.steps or stopped
+            if (done % config.log_every == 0 or last) and losses:
                 loss = torch.cat(losses)
                 bins = dict(loss_bins=by_bin(loss, torch.cat(shares))) if share is not None else {}
-                speed = (done - begin) / (time.perf_counter() - since) if done > begin else 0.0
-                log(step=done, loss=loss.mean().item(), **bins, grad_norm=norm.item(), lr=config.lr * learning_rate(config, step),
-                    samples_per_s=speed * config.batch_size, mfu=speed * flops / rate)  # fmt: skip
-                bar.set_postfix(loss=f"{loss.mean():.4f}", mfu=f"{speed * flops / rate:.2f}", refresh=False)
-                losses, shares, since, begin = [], [], time.perf_counter(), done
-            if done % config.checkpoint_every == 0 or done == config.steps:
+                seconds = time.perf_counter() - since
+                speed = (done - begin) / seconds
+                mean = distributed.total(loss.mean().item()) / distributed.world()
+                log(step=done, loss=mean, **bins, grad_norm=norm, lr=config.lr * learning_rate(config, step),
+                    samples_per_s=speed * config.batch_size, mfu=speed * flops / rate, waiting=waited / seconds,
+                    memory=memory_of(device))  # fmt: skip
+                bar.set_postfix(loss=f"{mean:.4f}", mfu=f"{speed * flops / rate:.2f}", refresh=False)
+                losses, shares, waited, since, begin = [], [], 0.0, time.perf_counter(), done
+            if done % config.checkpoint_every == 0 or last:
                 write(done)
-            if done % config.sample_every == 0 or done == config.steps:
-                raw = {name: p.detach().clone() for name, p in trained.items()}
-                torch._foreach_copy_([p.data for p in trained.values()], list(ema.values()))
-                preview(done)
-                torch._foreach_copy_([p.data for p in trained.values()], list(raw.values()))
-    except KeyboardInterrupt:
-        bar.close()
-        print(f"\nstopped in step {step + 1}. Go on from the last checkpoint with the same command and --resume")
-        sys.exit(130)
-    with torch.no_grad():
-        torch._foreach_copy_([p.data for p in trained.values()], list(ema.values()))  # the caller goes on with the EMA
-    bins = log.rows[-1].get("loss_bins") if log.rows else None
-    if bins:
-        print("loss by timestep, clean to noise:", "  ".join("-" if b is None else f"{b:.3f}" for b in bins))
-    if log.rows:
-        print(f"model FLOP utilisation {log.rows[-1]['mfu']:.2f} of the {rate / 1e9:.0f} GFLOP/s of a matrix product here")
+            if stopped and done < config.steps:
+                bar.close()
+                print(f"stopped after step {done}, with a checkpoint. Go on with the same command and --resume")
+                sys.exit(0)
+            if done % config.sample_every == 0 or last:
+                show(done)
+    finally:
+        stop.over()
+    fill(ema)  # the caller goes on with the EMA
+    rows = [row for row in log.rows if "loss" in row]
+    if rows and rows[-1].get("loss_bins"):
+        bins = ("-" if b is None else f"{b:.3f}" for b in rows[-1]["loss_bins"])
+        print("loss by timestep, clean to noise:", "  ".join(bins))
+    if rows:
+        print(f"model FLOP utilisation {rows[-1]['mfu']:.2f} of the {rate / 1e9:.0f} GFLOP/s of a matrix product here")
     return log
-
-
-def load_checkpoint(path, config, trained, ema, optimizers):
-    """Fills weights, EMA and optimizers from a run's checkpoint; returns the number of steps done. Nothing in the file
-    is executed. ValueError if it is missing, damaged or of another model."""
-    if not path.exists():
-        raise ValueError(f"--resume: there is no {path}; start without --resume")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or holds more than weights: {str(error).splitlines()[0]}") from None
-    for key in (
-        "size", "data", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer", "schedule", "target",
-        "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal", "p_motion_free", "one_frame", "two_frames", "four_frames",
-    ):  # fmt: skip
-        if saved["config"].get(key) != getattr(config, key):
-            flag = f"--{key.replace('_', '-')}"
-            raise ValueError(f"--resume: {path} was made with {flag} {saved['config'].get(key)}, not {getattr(config, key)}")
-    shapes = {name: p.shape for name, p in saved["model"].items()}
-    if shapes != {name: p.shape for name, p in trained.items()}:
-        raise ValueError(f"--resume: the weights in {path} are of another model; give the flags it was made with")
-    with torch.no_grad():
-        for name in trained:
-            trained[name].copy_(saved["model"][name])
-            ema[name].copy_(saved["ema"][name])
-    for optimizer, state in zip(optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
-    return saved["step"]

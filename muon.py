@@ -4,9 +4,12 @@
 
 A Newton–Schulz iteration gives UVᵀ nearly, with products alone. The factor 0.2 sqrt(…) makes an update as large as
 AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon is the same
-rule; this one iterates in the dtype it is given (bf16 is slow on many CPUs), and on all matrices of one shape at once.
+rule; this one iterates in the dtype it is given (bf16 is slow on many CPUs), and on all matrices of one shape at once; of a
+sharded matrix every rank makes the whole update and keeps its share.
 """
 import torch
+
+from distributed import share_of, whole
 
 
 def orthogonalise(u, steps=5):
@@ -40,9 +43,9 @@ class Muon(torch.optim.Optimizer):
                 for p in same:
                     m = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     m.lerp_(p.grad, 1 - group["momentum"])  # the sum in the docstring, but for a factor that is divided away
-                    updates.append(torch.lerp(p.grad, m, group["momentum"]).flatten(1))
+                    updates.append(whole(torch.lerp(p.grad, m, group["momentum"])).flatten(1))
                 updates = orthogonalise(torch.stack(updates).to(self.dtype)).to(same[0].dtype)
                 size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
                 for p, update in zip(same, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(update.view(shape), alpha=size)
+                    p.sub_(share_of(update.view(shape), p), alpha=size)

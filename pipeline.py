@@ -26,13 +26,14 @@ NULL_TOKENS, POOLING = {"clip": 77, "t5": 256}, {"clip": "last", "t5": "mean"}
 class Pipeline(nn.Module):
     """config: a dictionary with "model", "diffusion" and "autoencoder" (the arguments of those classes' configs); "text",
     the mini T5's, or "published", {"clip": DIR, "t5": DIR} or one of the two; "image_size"; "words", those of the training
-    captions, to tell a prompt's unknown ones. It is all that the checkpoint needs, with the weights and the tokenizer
+    captions if they are known, to tell a prompt's unknown ones. It is all that the checkpoint needs, with the weights and the tokenizer
     (of the mini T5), to rebuild this object. ValueError if a published folder is not what it should be."""
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config, tokenizer=None, empty=False):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.transformer = GenTron(ModelConfig(**config["model"]))
+        with torch.device("meta" if empty else "cpu"):  # empty: without values yet
+            self.transformer = GenTron(ModelConfig(**config["model"]))
         if published := config.get("published"):
             read = [LOADERS[name](folder, torch.bfloat16) for name, folder in published.items()]
         else:
@@ -46,18 +47,11 @@ class Pipeline(nn.Module):
     def device(self):
         return self.autoencoder.shift.device
 
-    def tokenize(self, captions):
-        """List of B texts → tokens and masks: for each encoder, (B, L) integers and (B, L) booleans, True = a token."""
-        return zip(*([a.to(self.device) for a in tokenizer(captions)] for tokenizer in self.tokenizers))
-
-    def encode_text(self, tokens, masks):
-        """For each encoder (B, L, E)."""
-        return tuple(encoder(*pair) for encoder, *pair in zip(self.text_encoders, tokens, masks))
-
-    def forward(self, x, t, tokens, masks, dropped, motion_free=None, numbers=None):
-        """The transformer's output for noisy latents x (B, [F,] C, h, w) at t (B,), captions as `tokenize` gives them;
-        dropped (B,), True = without the caption; motion_free and numbers: as in dit.py."""
-        return self.transformer(x, t, self.encode_text(tokens, masks), masks, dropped, motion_free, numbers)
+    def read(self, captions):
+        """List of B texts → for each encoder its vectors (B, L, E) and a mask (B, L), True = a token: what the transformer
+        takes as text and mask."""
+        pairs = [[a.to(self.device) for a in tokenizer(captions)] for tokenizer in self.tokenizers]  # (B, L) each
+        return tuple(encoder(*pair) for encoder, pair in zip(self.text_encoders, pairs)), tuple(mask for _, mask in pairs)
 
     def save(self, path, state=None):
         """Writes weights (`state`, if given, in place of the module's own), config and tokenizer as one safetensors."""
@@ -91,7 +85,7 @@ class Pipeline(nn.Module):
 
     def unknown_words(self, prompt):
         """The words of a prompt that no training caption had."""
-        return sorted(set(words_of(prompt)) - set(self.config["words"]))
+        return sorted(set(words_of(prompt)) - set(self.config["words"])) if self.config["words"] else []
 
     @torch.no_grad()
     def generate(
@@ -113,9 +107,9 @@ class Pipeline(nn.Module):
         keys = [hashlib.sha256(f"{one} {prompt}".encode()).digest()[:7] for one, prompt in zip(seeds, prompts)]
         generators = [torch.Generator().manual_seed(int.from_bytes(key, "little")) for key in keys]
         x = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        tokens, masks = self.tokenize(prompts)
+        text, masks = self.read(prompts)
         no, yes = torch.zeros(len(x), dtype=torch.bool, device=device), torch.ones(len(x), dtype=torch.bool, device=device)
-        shared = dict(text=self.encode_text(tokens, masks), mask=masks)
+        shared = dict(text=text, mask=masks)
         condition, null_text, still = (
             shared | dict(dropped=dropped) | (dict(motion_free=motion_free) if video else {})
             for dropped, motion_free in ((no, no), (yes, no), (yes, yes))

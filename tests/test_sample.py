@@ -57,17 +57,16 @@ def test_null_text_of_training_and_sampling_is_one_object(run):
     """With guidance 0 only the null pass counts: the prompt's words, its length included, must leave no trace; and a
     change of the one null parameter changes both what training with a dropped caption and what sampling sees."""
     model = Pipeline.load(run)
-    tokens, masks = model.tokenize(CAPTIONS[:1])
+    text, masks = model.read(CAPTIONS[:1])
     x, t, dropped = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.tensor([True])
-    trained = model(x, t, tokens, masks, dropped)
-    text = model.encode_text(tokens, masks)
+    trained = model.transformer(x, t, text, masks, dropped)
     sampled = guided(
         model.transformer, dict(text=text, mask=masks, dropped=~dropped), dict(text=text, mask=masks, dropped=dropped), 0.0
     )
     torch.testing.assert_close(sampled(x, t), trained)
     with torch.no_grad():
         model.transformer.condition.null[0].add_(1.0)
-    changed = model(x, t, tokens, masks, dropped)
+    changed = model.transformer(x, t, text, masks, dropped)
     assert (changed - trained).abs().max() > 1e-4
     torch.testing.assert_close(sampled(x, t), changed)
     assert [name for name, _ in model.named_parameters() if "null" in name] == ["transformer.condition.null.0"]

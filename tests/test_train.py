@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -6,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+import checkpoints
 import clips
 import data
 import evaluate
 import loop
+import recipes
 import sample
 import train
 import weights
+from dit import GenTron
 from muon import Muon, orthogonalise
 from pipeline import Pipeline
 
@@ -50,13 +55,17 @@ def test_a_run_leaves_what_it_says(folder, tmp_path, capsys):
     image(folder, tmp_path)
     printed = capsys.readouterr().out
     assert "1 of 21 files were left out" in printed and "broken.png: not a whole picture" in printed
-    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "checkpoint.pt", "metrics.jsonl", "loss.png", "samples"}
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "checkpoints", "metrics.jsonl", "loss.png", "samples"}
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6] and len(rows[0]["loss_bins"]) == 4
     model = Pipeline.load(tmp_path)
     assert model.config["flags"]["batch_size"] == 4
     pictures = model.generate(["a red circle", "a blue star"], steps=2)
     assert pictures.shape == (2, 3, 32, 32) and pictures.dtype == torch.uint8
+
+
+class Lost(Exception):
+    """A process dies."""
 
 
 def interrupted_in_the_fifth_step(monkeypatch, train_it):
@@ -66,13 +75,21 @@ def interrupted_in_the_fifth_step(monkeypatch, train_it):
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 5:
-            raise KeyboardInterrupt
+            raise Lost
         return real(*args)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Lost):
         train_it()
     monkeypatch.undo()
+
+
+def stored(checkpoint):
+    """All tensors of a checkpoint."""
+    found = checkpoints.Reader(checkpoint).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in found.items()}
+    dcp.load(state, storage_reader=checkpoints.Reader(checkpoint), no_dist=True)
+    return state
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -83,8 +100,9 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(folder, tmp_
     image(folder, tmp_path / "parts", *flags, "--resume")
     whole, parts = (weights.read(tmp_path / name / "model.safetensors")[0] for name in ("whole", "parts"))
     assert set(whole) == set(parts) and all(torch.equal(whole[name], parts[name]) for name in whole)
-    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
-    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    whole, parts = (stored(checkpoints.folders(tmp_path / name)[-1]) for name in ("whole", "parts"))
+    assert len(whole) > 200 and set(whole) == set(parts) and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert [folder.name for folder in checkpoints.folders(tmp_path / "parts")] == ["000003", "000006"]
     losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
 
@@ -149,17 +167,22 @@ def test_a_video_run_resumes_bit_for_bit(folder, clip_folder, tmp_path, monkeypa
 
 
 def test_the_mask_and_the_captions_are_dropped_independently(folder, clip_folder, tmp_path, monkeypatch):
-    """All combinations that guidance needs are trained."""
-    seen = set()
-    real = Pipeline.forward
+    """All combinations that guidance needs are trained, and neither depends on the timestep."""
+    seen, times = set(), {True: [], False: []}
+    real = GenTron.forward
 
-    def spy(self, x, t, tokens, masks, dropped, motion_free=None, numbers=None):
+    def spy(self, x, t, text, mask, dropped, motion_free=None, numbers=None):
         free = torch.zeros_like(dropped) if motion_free is None else motion_free
         seen.update(zip(free.tolist(), dropped.tolist()))
-        return real(self, x, t, tokens, masks, dropped, motion_free, numbers)
+        for kind in (free, dropped):
+            times[True] += t[kind].tolist()
+            times[False] += t[~kind].tolist()
+        return real(self, x, t, text, mask, dropped, motion_free, numbers)
 
-    monkeypatch.setattr(Pipeline, "forward", spy)
-    video(folder, clip_folder, tmp_path, "--caption-dropout", "0.5", "--p-motion-free", "0.5", "--batch-size", "16")
+    monkeypatch.setattr(GenTron, "forward", spy)
+    whole = ["--one-frame", "0", "--two-frames", "0", "--four-frames", "0"]
+    video(folder, clip_folder, tmp_path, "--caption-dropout", "0.5", "--p-motion-free", "0.5", "--batch-size", "64", *whole)
+    assert abs(sum(times[True]) / len(times[True]) - sum(times[False]) / len(times[False])) < 60
     assert seen == {(f, d) for f in (True, False) for d in (True, False)}
 
 
@@ -182,7 +205,7 @@ def test_every_objective_trains(folder, tmp_path):
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    config = train.Config(steps=100, warmup=9, cooldown=0.5)
+    config = recipes.Config(steps=100, warmup=9, cooldown=0.5)
     rates = [loop.learning_rate(config, step) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[49] == 1.0 and rates[75] == 0.5 and 0 < rates[99] <= 0.02
 
@@ -251,19 +274,23 @@ class Evil:
 def test_checkpoints_that_cannot_be_used_are_named(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image(folder, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint.pt"
-    good = path.read_bytes()
+    checkpoint = checkpoints.folders(tmp_path / "run")[-1]
     again = lambda *flags: image(folder, tmp_path / "run", "--resume", *flags)
-    with pytest.raises(ValueError, match="was made with --integration cross, not adaln"):
+    with pytest.raises(ValueError, match="made with --integration cross, not adaln"):
         again("--integration", "adaln")
     with pytest.raises(ValueError, match="of another model"):
         again("--text-depth", "1")
-    path.write_bytes(good[: len(good) // 2])
-    with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
-        again()
-    torch.save(Evil(), path)
-    with pytest.raises(ValueError, match="checkpoint.pt is damaged or holds more than weights"):
-        again()
+    for path in (checkpoint / "__0_0.distcp", checkpoint / ".metadata"):
+        good = path.read_bytes()
+        path.write_bytes(good[: len(good) // 2])
+        with pytest.raises(ValueError, match="000006 is damaged"):
+            again()
+        path.write_bytes(pickle.dumps(Evil()))
+        with pytest.raises(ValueError, match="000006"):
+            again()
+        assert not Path("evil").exists()
+        path.write_bytes(good)
+    again()
     assert not Path("evil").exists()
     model = tmp_path / "run" / "model.safetensors"
     content = model.read_bytes()
