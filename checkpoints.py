@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import distributed
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what it then assumes, rightly
 
 # Flags that a run is not the same without.
 FIXED = (
