@@ -187,8 +187,8 @@ def sweep(generate, count, seed, path, motions=(0.0, 1.0, 1.1, 1.2, 1.3, 1.6, 2.
         print(f"λ_T {lambda_t:g} λ_M {lambda_m:g}: " + "  ".join(f"{k} {v:.3f}" for k, v in rows[lambda_t, lambda_m].items()))
     panels = []
     for title, xs, points in (
-        ("over λ_M, at λ_T = 2", motions, [(2.0, m) for m in motions]),
-        ("over λ_T, at λ_M = 1", texts, [(t, 1.0) for t in texts]),
+        ("over lambda-m, at lambda-t 2", motions, [(2.0, m) for m in motions]),
+        ("over lambda-t, at lambda-m 1", texts, [(t, 1.0) for t in texts]),
     ):
         series = {key: (xs, [rows[p][key] for p in points]) for key in ("motion", "identity", "amount", "frames")}
         panels.append(pictures.curves(series, title, (480, 320), logarithmic=False))

@@ -236,8 +236,7 @@ def fit(config, model, read, batch_loss, preview, save):
     count = sum(p.numel() for p in trained.values())
     print(f"{folder}: {count / 1e6:.1f}M trained parameters on {device}, {str(dtype)[6:]} products, steps {first}…{config.steps}")
 
-    def write(step):
-        checkpoints.save(folder, step, dataclasses.asdict(config), checkpoints.state_of(trained, ema, optimizers), config.keep)
+    def export():
         state = {}
         for name, tensor in model.state_dict().items():
             tensor = distributed.whole(ema.get(name, tensor))
@@ -246,6 +245,10 @@ def fit(config, model, read, batch_loss, preview, save):
         if distributed.rank() == 0:
             save(state)
             log.draw()
+
+    def write(step):
+        checkpoints.save(folder, step, dataclasses.asdict(config), checkpoints.state_of(trained, ema, optimizers), config.keep)
+        export()
 
     @torch.no_grad()
     def fill(weights):
@@ -260,6 +263,8 @@ def fit(config, model, read, batch_loss, preview, save):
             if distributed.rank() == 0:
                 image.save(folder / "samples" / f"{step:06d}{name}.png")
 
+    if first == config.steps:  # it may have ended between its last checkpoint and the model
+        export()
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, mininterval=1,
                disable=None if distributed.rank() == 0 else True)  # fmt: skip
     losses, shares, waited, since, begin, skipped, stop = [], [], 0.0, time.perf_counter(), first, 0, Stop()

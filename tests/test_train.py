@@ -107,6 +107,15 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(folder, tmp_
     assert losses[0] == losses[1]
 
 
+def test_a_run_that_ended_between_its_last_checkpoint_and_its_model_writes_the_model(folder, tmp_path):
+    image(folder, tmp_path)
+    path = tmp_path / "model.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(b"of an earlier step")
+    image(folder, tmp_path, "--resume")
+    assert path.read_bytes()[-1000:] == good[-1000:]
+
+
 @pytest.fixture(scope="module")
 def clip_folder(folder):
     """An image run on `folder`, and a few clips with captions."""
