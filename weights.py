@@ -29,7 +29,8 @@ HEADER_LIMIT = 100_000_000  # bytes, the package's own limit
 
 
 def write(path, tensors, metadata=None):
-    """Writes a dictionary of tensors, and one of strings, to `path`; the file appears whole or not at all."""
+    """Writes a dictionary of tensors, and one of strings, to `path`; the file appears whole or not at all. OSError, naming
+    it, if it cannot be written (the disk may be full)."""
     header, blobs, offset = {"__metadata__": metadata or {}}, [], 0
     for name, tensor in tensors.items():
         blob = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -40,11 +41,16 @@ def write(path, tensors, metadata=None):
         offset += blob.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for blob in blobs:
-            file.write(blob)
-    os.replace(f"{path}.tmp", path)
+    part = Path(f"{path}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for blob in blobs:
+                file.write(blob)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from None
 
 
 def read(path):

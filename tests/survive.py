@@ -31,6 +31,16 @@ def start(root, stage, out, *flags):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def make_data(root):
+    """A folder of pictures, root/data, and an autoencoder, root/ae."""
+    (root / "data").mkdir()
+    shapes = data.Shapes(32, count=20)
+    for i, caption in enumerate(shapes.captions):
+        Image.fromarray(shapes.pictures([i])[0].permute(1, 2, 0).numpy()).save(root / "data" / f"{i}.png")
+        (root / "data" / f"{i}.txt").write_text(caption)
+    assert start(root, "autoencoder", root / "ae", "--steps", "5").wait() == 0
+
+
 def survive(root, number, kills, rng):
     """Runs one image stage under `kills` signals → how many fell into a save, and the weights at the end."""
     out, done, saving = root / number.name, 0, 0
@@ -62,12 +72,7 @@ def main(kills=20):
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
-        (root / "data").mkdir()
-        shapes = data.Shapes(32, count=20)
-        for i, caption in enumerate(shapes.captions):
-            Image.fromarray(shapes.pictures([i])[0].permute(1, 2, 0).numpy()).save(root / "data" / f"{i}.png")
-            (root / "data" / f"{i}.txt").write_text(caption)
-        assert start(root, "autoencoder", root / "ae", "--steps", "5").wait() == 0
+        make_data(root)
         assert start(root, "image", root / "whole", "--autoencoder", str(root / "ae")).wait() == 0
         whole = weights.read(root / "whole" / "model.safetensors")[0]
         for number in (signal.SIGKILL, signal.SIGTERM):

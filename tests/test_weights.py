@@ -168,3 +168,16 @@ def test_a_published_folder_of_diffusers_is_read(tmp_path):
         filled = weights.load_into(empty, tmp_path, rename, torch.bfloat16)
         assert filled[0].bias.dtype is torch.bfloat16 and filled[1].num_batches_tracked.dtype is torch.int64
         torch.testing.assert_close(filled[0].bias, published["vae.0.bias"].bfloat16())
+
+
+def test_a_write_that_fails_names_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    weights.write(path, {"a": torch.ones(3)})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights.os, "replace", full)
+    with pytest.raises(OSError, match=f"{path} could not be written: .*No space left"):
+        weights.write(path, {"a": torch.zeros(3)})
+    assert list(tmp_path.iterdir()) == [path] and torch.equal(weights.read(path)[0]["a"], torch.ones(3))
