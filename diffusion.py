@@ -21,6 +21,19 @@ def channels(output, x):
     return output[..., :C, :, :], output[..., C:, :, :]
 
 
+def gaussian(shape, generators, shared=0.0):
+    """Unit Gaussian noise (B, *shape), each sample's from a generator of its own. shared: of clips, shape (F, C, h, w), the
+    share of the variance that all frames have in common. Every frame's noise is then still Gaussian, but frames begin
+    alike, and so does what is made of them (Ge et al. 2023, arXiv 2305.10474, "mixed" noise)."""
+    found = []
+    for g in generators:
+        noise = torch.randn(shape, generator=g)
+        if shared:
+            noise = (1 - shared) ** 0.5 * noise + shared**0.5 * torch.randn(shape[1:], generator=g)  # (F, C, h, w)
+        found.append(noise)
+    return torch.stack(found)
+
+
 class Diffusion:
     """The noise schedule, and what the network is asked for.
 
@@ -28,12 +41,13 @@ class Diffusion:
     target: "noise", "velocity" or "x0". learned_variance: the output has C more channels, the interpolation between
     the two bounds of the reverse variance (Nichol & Dhariwal, equation 15).
     shift: s > 1 moves timesteps, in training and sampling alike, to more noise: u → s u / (1 + (s-1) u) with u = t/steps
-    (Esser et al. 2024, equation 23). spacing: of the timesteps in sampling, "trailing" or "even", as in `timesteps`.
+    (Esser et al. 2024, equation 23). shared_noise: of clips, as in `gaussian`. spacing: of the timesteps in sampling, "trailing" or "even", as in `timesteps`.
     Raises ValueError for an unknown schedule, target or spacing.
     """
 
     def __init__(
-        self, schedule="cosine", target="velocity", learned_variance=False, shift=1.0, steps=1000, spacing="trailing"
+        self, schedule="cosine", target="velocity", learned_variance=False, shift=1.0, steps=1000, spacing="trailing",
+        shared_noise=0.0,
     ):
         if schedule == "linear":
             beta = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
@@ -47,13 +61,17 @@ class Diffusion:
         if spacing not in ("trailing", "even"):
             raise ValueError(f"spacing {spacing!r} is not one of trailing, even")
         self.target, self.learned_variance, self.shift, self.steps = target, learned_variance, shift, steps
-        self.spacing = spacing
+        self.spacing, self.shared_noise = spacing, shared_noise
         self.alpha_bar = (1 - beta).cumprod(0)  # (steps,) float64
 
     def alpha_sigma(self, t, like):
         """α_t and σ_t of timesteps t (B,), shaped (B, 1, 1, 1), in the dtype and on the device of `like`."""
         alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
+
+    def noise(self, shape, generators):
+        """Noise for pictures, shape (C, h, w), or clips, (F, C, h, w), a generator each: (B, *shape)."""
+        return gaussian(shape, generators, self.shared_noise if len(shape) == 4 else 0.0)
 
     def add_noise(self, x0, noise, t):
         """x_t of the forward process: x0 and noise (B, C, h, w), t (B,) → (B, C, h, w)."""
@@ -157,7 +175,7 @@ def ddpm(model, diffusion, x, steps, generators):
         x0, _, extra = _predict(model, diffusion, x, t)
         mean, low, high = diffusion.reverse_step(x0, x, torch.tensor([t]), torch.tensor([s]))
         log_variance = low + (extra + 1) / 2 * (high - low) if diffusion.learned_variance else low
-        noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
+        noise = diffusion.noise(x.shape[1:], generators).to(x)
         x = mean + (0.5 * log_variance).exp() * noise if s >= 0 else mean
     return x
 
@@ -171,13 +189,13 @@ def ddim(model, diffusion, x, steps, generators=None):
     return x
 
 
-def dpm_solver(model, diffusion, x, steps, generators=None):
+def dpm_solver(model, diffusion, x, steps, generators=None, stochastic=False):
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order at one call a step.
 
     In λ = log(α/σ) the solution is an integral over the predicted x_0, which is extrapolated from the last two calls.
-    The last step goes to σ = 0, where λ is infinite, and takes the predicted x_0 as it is.
+    The last step goes to σ = 0, where λ is infinite, and takes the predicted x_0 as it is. stochastic: see `dpm_sde`.
     """
-    times = diffusion.timesteps(steps)
+    times, k = diffusion.timesteps(steps), 2 if stochastic else 1
     before = lam_before = None
     for t, s in zip(times, times[1:] + [-1]):
         x0, _, _ = _predict(model, diffusion, x, t)
@@ -191,11 +209,19 @@ def dpm_solver(model, diffusion, x, steps, generators=None):
         estimate = x0
         if before is not None:
             estimate = x0 + 0.5 * h / (lam - lam_before) * (x0 - before)
-        x = sigma_next / sigma * x - alpha_next * math.expm1(-h) * estimate
+        x = sigma_next / sigma * math.exp(h - k * h) * x - alpha_next * math.expm1(-k * h) * estimate
+        if stochastic:
+            x = x + sigma_next * (-math.expm1(-2 * h)) ** 0.5 * diffusion.noise(x.shape[1:], generators).to(x)
         before, lam_before = x0, lam
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
+def dpm_sde(model, diffusion, x, steps, generators):
+    """SDE-DPM-Solver++(2M) (the same paper, section 5 and appendix): the same for the reverse process that adds noise as it
+    goes. An error in an early step, as a thing begun in two places, is noised over and mended; the other samplers keep it."""
+    return dpm_solver(model, diffusion, x, steps, generators, stochastic=True)
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver, "sde": dpm_sde}
 
 
 def guided(model, condition, null, scale, rescale=0.0, interval=(0.0, 1.0), steps=1000):

@@ -201,7 +201,7 @@ class Config:
     checkpoint: str = ""  # a run's folder; the newest one if not given
     json: str = ""  # a file for the scores, and for what made them
     prompts: int = 100  # a column; of clips: for motion, and a fifth of it a column
-    sampler: str = "dpm"
+    sampler: str = "sde"
     steps: int = 16
     lambda_t: float = 2.0
     lambda_m: float = 1.0

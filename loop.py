@@ -162,11 +162,11 @@ class Ahead:
         return self.indices(k).tolist(), pictures, captions
 
 
-def noise_of(shape, seed, step, rows):
-    """Unit Gaussian noise for these rows of the batch of a step, (rows, *shape): each row's from (seed, step, row) alone,
-    whatever the number of ranks."""
+def row_generators(seed, step, rows):
+    """A generator of noise for each of these rows of the batch of a step: from (seed, step, row) alone, whatever the number
+    of ranks."""
     seeds = (hash((seed, step, row)) & (2**63 - 1) for row in range(rows.start, rows.stop))
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(one)) for one in seeds])
+    return [torch.Generator().manual_seed(one) for one in seeds]
 
 
 def generator_of(config, step, use):

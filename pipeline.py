@@ -89,7 +89,7 @@ class Pipeline(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, prompts, seed=0, sampler="dpm", steps=16, lambda_t=2.0, lambda_m=1.0, rescale=0.0, interval=(0.0, 1.0), frames=0, size=None
+        self, prompts, seed=0, sampler="sde", steps=16, lambda_t=2.0, lambda_m=1.0, rescale=0.0, interval=(0.0, 1.0), frames=0, size=None
     ):
         """List of B prompts → pictures (B, 3, H, W) uint8, or from a video model clips (B, F, 3, H, W). A prompt's result
         depends on the prompt and seed (one for all, or a list) alone, not on the rest of the batch. lambda_t, lambda_m: the guidance of
@@ -106,7 +106,7 @@ class Pipeline(nn.Module):
         seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
         keys = [hashlib.sha256(f"{one} {prompt}".encode()).digest()[:7] for one, prompt in zip(seeds, prompts)]
         generators = [torch.Generator().manual_seed(int.from_bytes(key, "little")) for key in keys]
-        x = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        x = self.diffusion.noise(shape, generators)
         text, masks = self.read(prompts)
         no, yes = torch.zeros(len(x), dtype=torch.bool, device=device), torch.ones(len(x), dtype=torch.bool, device=device)
         shared = dict(text=text, mask=masks)

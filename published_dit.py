@@ -158,7 +158,7 @@ def generate(model, labels, side, seed=0, sampler="ddpm", steps=250, guidance=4.
 class Config:
     autoencoder: str = ""  # its folder
     out: str = "classes.png"
-    sampler: str = "ddpm"  # dpm, ddim or ddpm
+    sampler: str = "ddpm"  # or sde, dpm, ddim
     steps: int = 250
     guidance: float = 4.0  # 1: none
     heads: int = 0  # for a DiT of none of the published sizes

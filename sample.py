@@ -76,7 +76,7 @@ class Config:
     prompts: str = ""  # a file of prompts
     per_prompt: int = 1  # samples of each prompt of --prompts
     grid: bool = False  # with --prompts: one grid instead
-    sampler: str = "dpm"  # dpm, ddim or ddpm
+    sampler: str = "sde"  # sde or dpm (DPM-Solver++, with new noise or without), ddim or ddpm
     steps: int = 16
     lambda_t: float = 2.0  # guidance by the text; 1: none
     lambda_m: float = 1.0  # clips: guidance by motion; 1: none

@@ -26,9 +26,10 @@ import latents as cached
 import pictures
 import weights
 from autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
+from diffusion import gaussian
 from dit import ModelConfig, initialise
 from latents import LatentCache
-from loop import Ahead, batch_indices, computing_dtype, fit, generator_of, noise_of
+from loop import Ahead, batch_indices, computing_dtype, fit, generator_of, row_generators
 from pipeline import NULL_TOKENS, POOLING, READERS, Pipeline, device_of, from_bytes, to_bytes, words_of
 from recipes import read_flags
 from shards import TarShards
@@ -69,7 +70,7 @@ def train_autoencoder(config):
         return indices.tolist(), batch(indices)
 
     def batch_loss(batch, step, rows, generator):
-        noise = noise_of((config.latent_channels, side, side), config.seed, step, rows)
+        noise = gaussian((config.latent_channels, side, side), row_generators(config.seed, step, rows))
         return model.loss(batch[1], noise.to(device)), None
 
     def preview():
@@ -252,7 +253,7 @@ def diffusion_loss(config, model, x0, text, group, step, rows, generator, motion
     texts, masks = ([a.to(device) for a in part] for part in text) if isinstance(text, tuple) else model.read(text)
     t = once(model.diffusion.random_timesteps(count, generator))
     dropped = once(torch.rand(count, generator=generator) < config.caption_dropout)
-    noise = noise_of(x0.shape[1:], config.seed, step, rows).to(device)
+    noise = model.diffusion.noise(x0.shape[1:], row_generators(config.seed, step, rows)).to(device)
     loss = model.diffusion.loss(lambda x, t: model.transformer(x, t, texts, masks, dropped, motion_free, numbers), x0, t, noise)
     return loss, (t / model.diffusion.steps).cpu()
 
@@ -282,7 +283,8 @@ def train_video(config):
         print(f"{films.held} of {len(films.captions)} clips are shorter than {config.frames} frames: their last one is held")
     stills = data.load(config.data, config.image_size, config.seed)
     words = sorted({*image.config["words"], *(word for caption in films.captions for word in words_of(caption))})
-    parts = {name: image.config[name] for name in ("text", "published", "autoencoder", "diffusion") if name in image.config}
+    parts = {name: image.config[name] for name in ("text", "published", "autoencoder") if name in image.config}
+    parts["diffusion"] = image.config["diffusion"] | dict(shared_noise=config.shared_noise)
     # mini's few frames stand further apart in the positions' sinusoids, as its tokens do
     changes = dict(temporal=True, frame_step=min(2.0, image.config["model"]["position_step"]))
     torch.manual_seed(config.seed)

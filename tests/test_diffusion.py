@@ -3,20 +3,22 @@ import math
 import pytest
 import torch
 
-from diffusion import SAMPLERS, Diffusion, ddim, dpm_solver, guided
+from diffusion import SAMPLERS, Diffusion, ddim, dpm_solver, gaussian, guided
 
 KINDS = [(s, p) for s in ("linear", "cosine") for p in ("noise", "velocity", "x0")]
 
 
-def gaussian_model(diffusion, mean, covariance):
-    """The exact network for data N(mean, covariance) in two dimensions, whatever the target: E[target | x_t]."""
+def gaussian_model(diffusion, mean, covariance, of_noise=None):
+    """The exact network for data N(mean, covariance) in two dimensions, whatever the target: E[target | x_t]. of_noise: the
+    noise's covariance, if not the identity."""
+    of_noise = torch.eye(2, dtype=mean.dtype) if of_noise is None else of_noise
 
     def model(x, t):
         alpha, sigma = diffusion.alpha_sigma(t, x)
         a, s = alpha[0].item(), sigma[0].item()
-        total = a * a * covariance + s * s * torch.eye(2, dtype=x.dtype)
+        total = a * a * covariance + s * s * of_noise
         offset = x.flatten(1) - a * mean
-        noise = s * torch.linalg.solve(total, offset.T).T
+        noise = s * torch.linalg.solve(total, offset.T).T @ of_noise
         x0 = mean + a * torch.linalg.solve(total, offset.T).T @ covariance
         return diffusion.target_of(x0.view_as(x), noise.view_as(x), t)
 
@@ -64,18 +66,42 @@ def test_samplers_recover_x0_when_told_the_truth(schedule, target, sampler):
     torch.testing.assert_close(out, x0, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler,steps", [("ddpm", 250), ("ddim", 100), ("dpm", 30)])
+@pytest.mark.parametrize("sampler,steps", [("ddpm", 250), ("ddim", 100), ("dpm", 30), ("sde", 60)])
 @pytest.mark.parametrize("schedule,target", [("cosine", "velocity"), ("linear", "noise")])
 def test_gaussian_data_gets_its_mean_and_covariance(sampler, steps, schedule, target):
     d = Diffusion(schedule, target)
-    x = torch.randn(20000, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(8000, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     generators = [torch.Generator().manual_seed(7)] * len(x)
     out = SAMPLERS[sampler](gaussian_model(d, MEAN, COVARIANCE), d, x, steps, generators).flatten(1)
     torch.testing.assert_close(out.mean(0), MEAN, rtol=0, atol=0.03)
     torch.testing.assert_close(out.T.cov(), COVARIANCE, rtol=0, atol=0.04)
 
 
-@pytest.mark.parametrize("sampler,steps", [("ddpm", 200), ("ddim", 100), ("dpm", 40)])
+@pytest.mark.parametrize("sampler,steps", [("ddpm", 100), ("ddim", 100), ("dpm", 30), ("sde", 60)])
+def test_frames_that_share_noise_get_their_mean_and_covariance(sampler, steps):
+    """Clips of two frames of one pixel, whose noise has a correlation of 0.7."""
+    d = Diffusion(shared_noise=0.7)
+    x = d.noise((2, 1, 1, 1), [torch.Generator().manual_seed(i) for i in range(5000)]).double()
+    of_noise = torch.tensor([[1.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(x.flatten(1).T.cov(), of_noise, rtol=0, atol=0.05)
+    generators = [torch.Generator().manual_seed(7)] * len(x)
+    out = SAMPLERS[sampler](gaussian_model(d, MEAN, COVARIANCE, of_noise), d, x, steps, generators).flatten(1)
+    torch.testing.assert_close(out.mean(0), MEAN, rtol=0, atol=0.05)
+    torch.testing.assert_close(out.T.cov(), COVARIANCE, rtol=0, atol=0.06)
+
+
+def test_noise_of_pictures_and_of_frames_apart():
+    """Pictures have no frames to share with; with nothing shared, the frames are independent; and a clip's noise does not
+    depend on the rest of the batch."""
+    generators = lambda: [torch.Generator().manual_seed(i) for i in (3, 4)]
+    plain = torch.stack([torch.randn(4, 2, 2, generator=g) for g in generators()])
+    assert torch.equal(Diffusion(shared_noise=0.7).noise((4, 2, 2), generators()), plain)
+    plain = torch.stack([torch.randn(3, 4, 2, 2, generator=g) for g in generators()])
+    assert torch.equal(Diffusion().noise((3, 4, 2, 2), generators()), plain)
+    assert torch.equal(gaussian((3, 4, 2, 2), generators()[:1], 0.5)[0], gaussian((3, 4, 2, 2), generators(), 0.5)[0])
+
+
+@pytest.mark.parametrize("sampler,steps", [("ddpm", 200), ("ddim", 100), ("dpm", 40), ("sde", 60)])
 def test_mixture_of_two_gets_its_weights_and_moments(sampler, steps):
     """0.3 N(-2, 0.2²) + 0.7 N(1, 0.4²) in one dimension, with its closed-form posterior mean as model."""
     d = Diffusion("cosine", "x0")

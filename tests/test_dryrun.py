@@ -12,7 +12,7 @@ import attention
 import dryrun
 import train
 from autoencoder import AutoencoderKL, AutoencoderKLConfig
-from diffusion import Diffusion, ddim, ddpm, dpm_solver, guided, guided_motion
+from diffusion import Diffusion, ddim, ddpm, dpm_sde, dpm_solver, guided, guided_motion
 from dit import GenTron, ModelConfig
 from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder
 
@@ -127,7 +127,7 @@ def test_a_training_and_a_sampling_step_run_on_the_meta_device(temporal, fused, 
     optimizer.step()
     conditions = [dict(text=text, mask=masks, dropped=no, **motion)] * 3
     run = guided_motion(model, *conditions, 7.5, 1.2) if temporal else guided(model, *conditions[:2], 4.0)
-    for sampler in (ddpm, ddim, dpm_solver):
+    for sampler in (ddpm, ddim, dpm_solver, dpm_sde):
         with torch.no_grad():
             assert sampler(run, diffusion, x, 2, [torch.Generator() for _ in range(2)]).device.type == "meta"
     with torch.device("meta"):

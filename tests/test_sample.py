@@ -9,7 +9,7 @@ from PIL import Image
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, check_scale
-from diffusion import guided
+from diffusion import SAMPLERS, guided
 from pipeline import Pipeline
 from text_encoders import Tokenizer
 
@@ -43,7 +43,7 @@ def test_saved_and_loaded_is_the_same(run):
     assert torch.equal(model.generate(CAPTIONS, steps=3), again.generate(CAPTIONS, steps=3))
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_picture_depends_on_prompt_and_seed_alone(run, sampler):
     model = Pipeline.load(run)
     together = model.generate(CAPTIONS, seed=3, sampler=sampler, steps=4).int()
@@ -95,7 +95,7 @@ def test_commands(run, tmp_path):
     model = Pipeline.load(run)
     assert abs(first - model.generate(["a red circle"], steps=2)[0].permute(1, 2, 0).numpy()).max() <= 1
     for arguments, message in (
-        (["a star", "--sampler", "euler", *common], "sampler 'euler' is not one of ddpm, ddim, dpm"),
+        (["a star", "--sampler", "euler", *common], "sampler 'euler' is not one of ddpm, ddim, dpm, sde"),
         (["a star", "--checkpoint", run, "--steps", 2000], "2000 sampling steps asked for, 1 to 1000 are possible"),
         (["a star", "--lamda-t", 3], "did you mean --lambda-t?"),
         ([], "no prompt"),

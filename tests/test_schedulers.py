@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from diffusion import Diffusion, ddim, ddpm, dpm_solver
+from diffusion import Diffusion, ddim, ddpm, dpm_sde, dpm_solver
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 TARGETS = {"noise": "epsilon", "velocity": "v_prediction"}
@@ -71,20 +71,25 @@ def test_ddim(schedule, target, steps):
 
 @pytest.mark.parametrize("schedule,target", BOTH)
 @pytest.mark.parametrize("steps,spacing", [(8, "trailing"), (20, "trailing"), (20, "even")])
-def test_dpm_solver(schedule, target, steps, spacing):
-    """Second order at every step but the first, and the last to σ = 0, as diffusers' default final_sigmas_type has it. Under
+@pytest.mark.parametrize("sampler", [dpm_solver, dpm_sde])
+def test_dpm_solver(schedule, target, steps, spacing, sampler):
+    """The same noise too, where there is any. Second order at every step but the first, and the last to σ = 0, as diffusers' default final_sigmas_type has it. Under
     15 steps its lower_order_final says the same."""
     diffusion = Diffusion(schedule, target, spacing=spacing)
     scheduler = DPMSolverMultistepScheduler(
-        **settings(schedule, target), algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
+        **settings(schedule, target), algorithm_type="sde-dpmsolver++" if sampler is dpm_sde else "dpmsolver++", solver_order=2, solver_type="midpoint",
         timestep_spacing="trailing", final_sigmas_type="zero",
     )  # fmt: skip
     if spacing == "trailing":
         scheduler.set_timesteps(steps)
     else:
         scheduler.set_timesteps(timesteps=diffusion.timesteps(steps))
-    x = start()
-    assert_same(our_trajectory(dpm_solver, diffusion, x, steps), their_trajectory(scheduler, x))
+    x, generators = start(), seeds(3)
+    states = [x]
+    for t in scheduler.timesteps:
+        noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
+        states.append(scheduler.step(toy(states[-1], t.expand(3)), t, states[-1], variance_noise=noise).prev_sample)
+    assert_same(our_trajectory(sampler, diffusion, x, steps), (scheduler.timesteps.tolist(), states))
 
 
 @pytest.mark.parametrize("schedule,target", BOTH)
