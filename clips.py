@@ -56,12 +56,12 @@ def apart(a, b):
 
 
 def random_path(things, motions, relation, rng, frames, tries=300):
-    """Places for things such that in every frame all are inside and apart and the relation, if any, holds between the
-    two: a list of F lists of Things; None if no try gives that."""
+    """Places for things such that in every frame all are inside and apart and the relation, if any, is clear between
+    the two: a list of F lists of Things; None if no try gives that."""
     for _ in range(tries):
         paths = [path(thing, motion, frames, rng) for thing, motion in zip(things, motions)]
         scenes = [list(scene) for scene in zip(*paths)]
-        if all((len(scene) < 2 or apart(*scene)) and (not relation or data.holds(relation, *scene)) for scene in scenes):
+        if all((len(scene) < 2 or apart(*scene)) and (not relation or data.clear(relation, *scene)) for scene in scenes):
             return scenes
     return None
 
@@ -95,10 +95,10 @@ class MovingShapes:
         self.scenes, self.captions = [], []
         for k in range(count // 2):
             rng = random.Random(f"clip {seed} {k}")
-            scenes = None
+            number, scenes = rng.choice((1, 2)), None
             while scenes is None:
-                things, motions, relation = random_scene(rng)
-                scenes = random_path(things, motions, relation, rng, frames)
+                things, motions, relation = random_scene(rng, number)
+                scenes = random_path(things, motions, relation, rng, frames, tries=50)
             wording = rng.random()
             for scenes, motions in ((scenes, motions), (scenes[::-1], [REVERSED[m] for m in motions])):
                 self.scenes.append(scenes)
@@ -119,11 +119,10 @@ class MovingShapes:
         return (frames + rng.normal(0, 5, frames.shape)).round().clip(0, 255).astype(np.uint8)
 
 
-def random_scene(rng):
-    """Things without a place, their motions, and a relation or None, as clips have them."""
+def random_scene(rng, number):
+    """One or two things without a place, their motions, and a relation or None, as clips have them."""
     things = []
-    count = rng.choice((1, 2))
-    while len(things) < count:
+    while len(things) < number:
         thing = data.random_thing(rng)
         if thing.colour in COLOURS and thing.texture in TEXTURES:
             things.append(thing)

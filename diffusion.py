@@ -8,7 +8,7 @@
 The paper trains on the noise target with DiT's linear schedule. The cosine schedule with the velocity target learns
 faster on small latents and short budgets; the demo uses it. A timestep t is an integer in 0…steps-1; 0 is the least
 noise. Letters: B batch, F frames, C channels, t (B,), x noisy latent (B, C, h, w), or (B, F, C, h, w) for clips: whatever is
-said of pictures here holds for both.
+said of pictures here holds for both. The frames of a clip may have timesteps of their own, t (B, F).
 """
 import math
 
@@ -21,17 +21,14 @@ def channels(output, x):
     return output[..., :C, :, :], output[..., C:, :, :]
 
 
-def gaussian(shape, generators, shared=0.0):
-    """Unit Gaussian noise (B, *shape), each sample's from a generator of its own. shared: of clips, shape (F, C, h, w), the
-    share of the variance that all frames have in common. Every frame's noise is then still Gaussian, but frames begin
-    alike, and so does what is made of them (Ge et al. 2023, arXiv 2305.10474, "mixed" noise)."""
-    found = []
-    for g in generators:
-        noise = torch.randn(shape, generator=g)
-        if shared:
-            noise = (1 - shared) ** 0.5 * noise + shared**0.5 * torch.randn(shape[1:], generator=g)  # (F, C, h, w)
-        found.append(noise)
-    return torch.stack(found)
+def beside(values, x):
+    """Values of timesteps, (B,) or (B, F), with as many dimensions as x has, to be multiplied with it."""
+    return values.view(*values.shape, *[1] * (x.ndim - values.ndim))
+
+
+def gaussian(shape, generators):
+    """Unit Gaussian noise (B, *shape), each sample's from a generator of its own."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 class Diffusion:
@@ -41,13 +38,12 @@ class Diffusion:
     target: "noise", "velocity" or "x0". learned_variance: the output has C more channels, the interpolation between
     the two bounds of the reverse variance (Nichol & Dhariwal, equation 15).
     shift: s > 1 moves timesteps, in training and sampling alike, to more noise: u → s u / (1 + (s-1) u) with u = t/steps
-    (Esser et al. 2024, equation 23). shared_noise: of clips, as in `gaussian`. spacing: of the timesteps in sampling, "trailing" or "even", as in `timesteps`.
+    (Esser et al. 2024, equation 23). spacing: of the timesteps in sampling, "trailing" or "even", as in `timesteps`.
     Raises ValueError for an unknown schedule, target or spacing.
     """
 
     def __init__(
         self, schedule="cosine", target="velocity", learned_variance=False, shift=1.0, steps=1000, spacing="trailing",
-        shared_noise=0.0,
     ):
         if schedule == "linear":
             beta = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
@@ -61,17 +57,13 @@ class Diffusion:
         if spacing not in ("trailing", "even"):
             raise ValueError(f"spacing {spacing!r} is not one of trailing, even")
         self.target, self.learned_variance, self.shift, self.steps = target, learned_variance, shift, steps
-        self.spacing, self.shared_noise = spacing, shared_noise
+        self.spacing = spacing
         self.alpha_bar = (1 - beta).cumprod(0)  # (steps,) float64
 
     def alpha_sigma(self, t, like):
         """α_t and σ_t of timesteps t (B,), shaped (B, 1, 1, 1), in the dtype and on the device of `like`."""
-        alpha_bar = self.alpha_bar.to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
+        alpha_bar = beside(self.alpha_bar.to(t.device)[t], like)
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
-
-    def noise(self, shape, generators):
-        """Noise for pictures, shape (C, h, w), or clips, (F, C, h, w), a generator each: (B, *shape)."""
-        return gaussian(shape, generators, self.shared_noise if len(shape) == 4 else 0.0)
 
     def add_noise(self, x0, noise, t):
         """x_t of the forward process: x0 and noise (B, C, h, w), t (B,) → (B, C, h, w)."""
@@ -92,9 +84,9 @@ class Diffusion:
             return alpha * x - sigma * output, sigma * x + alpha * output
         return output, (x - alpha * output) / sigma
 
-    def random_timesteps(self, batch, generator=None, device=None):
-        """(B,) integers, uniform before the shift."""
-        u = torch.rand(batch, generator=generator, device=device)
+    def random_timesteps(self, shape, generator=None, device=None):
+        """Integers of a shape, as (B,), uniform before the shift."""
+        u = torch.rand(shape, generator=generator, device=device)
         u = self.shift * u / (1 + (self.shift - 1) * u)
         return (u * self.steps).long().clamp(max=self.steps - 1)
 
@@ -132,7 +124,7 @@ class Diffusion:
         """Mean (B, C, h, w) and the two bounds of the log-variance of q(x_s | x_t, x_0), s < t (Ho et al., equations 6
         and 7, for any pair of timesteps; s = -1 is the clean latent). The bounds are log β̃ and log β."""
         alpha_bar = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)]).to(x.device)  # index -1 is the clean end
-        now, then = (alpha_bar[i].view(-1, *[1] * (x.ndim - 1)) for i in (t, s))
+        now, then = (beside(alpha_bar[i], x) for i in (t, s))
         beta = 1 - now / then
         mean = (then.sqrt() * beta / (1 - now)).to(x) * x0 + ((1 - beta).sqrt() * (1 - then) / (1 - now)).to(x) * x
         low = (beta * (1 - then) / (1 - now)).clamp(min=1e-20)
@@ -147,7 +139,7 @@ class Diffusion:
         square = (mean - model_mean).square()
         kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + square * (-log_variance).exp())
         likelihood = 0.5 * (math.log(2 * math.pi) + high + (x0 - model_mean).square() * (-high).exp()) + 0 * extra
-        first = (t == 0).view(-1, *[1] * (x.ndim - 1))
+        first = beside(t == 0, x)
         return torch.where(first, likelihood, kl).flatten(1).mean(1) / math.log(2)
 
 
@@ -175,7 +167,7 @@ def ddpm(model, diffusion, x, steps, generators):
         x0, _, extra = _predict(model, diffusion, x, t)
         mean, low, high = diffusion.reverse_step(x0, x, torch.tensor([t]), torch.tensor([s]))
         log_variance = low + (extra + 1) / 2 * (high - low) if diffusion.learned_variance else low
-        noise = diffusion.noise(x.shape[1:], generators).to(x)
+        noise = gaussian(x.shape[1:], generators).to(x)
         x = mean + (0.5 * log_variance).exp() * noise if s >= 0 else mean
     return x
 
@@ -211,7 +203,7 @@ def dpm_solver(model, diffusion, x, steps, generators=None, stochastic=False):
             estimate = x0 + 0.5 * h / (lam - lam_before) * (x0 - before)
         x = sigma_next / sigma * math.exp(h - k * h) * x - alpha_next * math.expm1(-k * h) * estimate
         if stochastic:
-            x = x + sigma_next * (-math.expm1(-2 * h)) ** 0.5 * diffusion.noise(x.shape[1:], generators).to(x)
+            x = x + sigma_next * (-math.expm1(-2 * h)) ** 0.5 * gaussian(x.shape[1:], generators).to(x)
         before, lam_before = x0, lam
 
 

@@ -105,7 +105,7 @@ def position_embedding(rows, columns, width, step=1.0, device=None):
 
 
 class TimestepEmbedding(nn.Module):
-    """t (B,) → (B, D): sinusoids (256 of them, cosines first, as in DiT), then a small MLP."""
+    """t (…) → (…, D): sinusoids (256 of them, cosines first, as in DiT), then a small MLP."""
 
     def __init__(self, width):
         super().__init__()
@@ -201,7 +201,7 @@ class GenTron(nn.Module):
     def forward(self, x, t, text, mask=None, dropped=None, motion_free=None, numbers=None):
         """The network's output for a batch.
 
-        x (B, C, h, w) noisy latent, or (B, F, C, h, w) clip; t (B,) timesteps; text: for each encoder the encoded captions
+        x (B, C, h, w) noisy latent, or (B, F, C, h, w) clip; t (B,) timesteps, or (B, F), one a frame; text: for each encoder the encoded captions
         (B, L, E), and mask: for each (B, L), True = word; or text: labels (B,) when integration is "class"; dropped (B,)
         booleans, True = use the null condition instead; motion_free: (B,) booleans, True = each frame sees itself alone,
         or None: nowhere, or True: everywhere; numbers (F,): which frames of a clip these are, if not the first F.
@@ -211,7 +211,7 @@ class GenTron(nn.Module):
         if dropped is None:
             dropped = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         texts, masks, pooled = self.condition(text, mask, dropped)  # (B, L, E) and (B, L) an encoder; (B, D)
-        c, positions = (self.time(t) + pooled).unsqueeze(1), None  # (B, 1, D)
+        c, positions = self.time(t).view(len(x), -1, self.config.width) + pooled.unsqueeze(1), None  # (B, 1 or F, D)
         if self.temporal is not None:
             numbers = torch.arange(frames, device=x.device) if numbers is None else numbers
             positions = sincos(self.config.frame_step * numbers, self.config.width).to(c.dtype)  # (F, D)

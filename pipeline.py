@@ -13,7 +13,7 @@ from torch import nn
 
 import autoencoder as autoencoders
 import weights
-from diffusion import SAMPLERS, Diffusion, guided, guided_motion
+from diffusion import SAMPLERS, Diffusion, gaussian, guided, guided_motion
 from dit import GenTron, ModelConfig
 from text_encoders import CLIPConfig, T5Config, T5Encoder, Tokenizer, load_clip, load_t5
 
@@ -106,7 +106,7 @@ class Pipeline(nn.Module):
         seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
         keys = [hashlib.sha256(f"{one} {prompt}".encode()).digest()[:7] for one, prompt in zip(seeds, prompts)]
         generators = [torch.Generator().manual_seed(int.from_bytes(key, "little")) for key in keys]
-        x = self.diffusion.noise(shape, generators)
+        x = gaussian(shape, generators)
         text, masks = self.read(prompts)
         no, yes = torch.zeros(len(x), dtype=torch.bool, device=device), torch.ones(len(x), dtype=torch.bool, device=device)
         shared = dict(text=text, mask=masks)

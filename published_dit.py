@@ -24,7 +24,7 @@ from tqdm import tqdm
 import attention
 import autoencoder
 import pictures
-from diffusion import SAMPLERS, Diffusion, guided
+from diffusion import SAMPLERS, Diffusion, gaussian, guided
 from dit import SIZES, GenTron, ModelConfig, position_embedding
 from pipeline import device_of, to_bytes
 from sample import parse_flags
@@ -142,7 +142,7 @@ def generate(model, labels, side, seed=0, sampler="ddpm", steps=250, guidance=4.
         raise ValueError(f"class {wrong[0]} is not one of 0 to {config.classes - 1}")
     diffusion = Diffusion("linear", "noise", config.out_channels > config.channels, spacing="even")
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
-    x = torch.stack([torch.randn(config.channels, side, side, generator=g) for g in generators]).to(device)
+    x = gaussian((config.channels, side, side), generators).to(device)
     dropped, labels = torch.zeros(len(x), dtype=torch.bool, device=device), torch.tensor(labels, device=device)
     run = guided(model, dict(text=labels, dropped=dropped), dict(text=labels, dropped=~dropped), guidance)
     with tqdm(total=steps, desc="sampling", disable=None) as bar:

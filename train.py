@@ -246,16 +246,24 @@ def train_image(config):
 def diffusion_loss(config, model, x0, text, group, step, rows, generator, motion_free=None, numbers=None):
     """Losses (B,) of clean latents x0 (B, [F,] C, h, w) with their captions (or what Pipeline.read makes of them), and their
     timesteps' shares of all steps (B,). They are these rows of the step's global batch, in which each `group` neighbours
-    have one timestep, and lose their captions together. motion_free, numbers: as in dit.py."""
+    have one timestep, and lose their captions together. motion_free, numbers: as in dit.py.
+
+    In the first --own-timesteps steps the frames of every second clip have timesteps of their own, so that those with
+    little noise tell the others where a thing is: that is what the temporal attention is to pass on, and where all frames
+    are as noisy there is little of it to learn from. (Ours; the idea is Chen et al. 2024, arXiv 2407.01392.)"""
     device, count = model.device, (rows.stop - rows.start) * distributed.world() * config.accumulate
-    once = lambda values: values.repeat_interleave(group)[rows].to(device)
+    once = lambda values: values.repeat_interleave(group, dim=0)[rows].to(device)
     x0 = x0.to(device)
     texts, masks = ([a.to(device) for a in part] for part in text) if isinstance(text, tuple) else model.read(text)
-    t = once(model.diffusion.random_timesteps(count, generator))
+    t = model.diffusion.random_timesteps(count, generator)
+    if x0.ndim == 5 and step < config.own_timesteps:  # half of the clips: a timestep for each frame
+        own = model.diffusion.random_timesteps((count, x0.shape[1]), generator)
+        t = torch.where(torch.rand(count, 1, generator=generator) < 0.5, own, t.unsqueeze(1))  # (B, F)
+    t = once(t)
     dropped = once(torch.rand(count, generator=generator) < config.caption_dropout)
-    noise = model.diffusion.noise(x0.shape[1:], row_generators(config.seed, step, rows)).to(device)
+    noise = gaussian(x0.shape[1:], row_generators(config.seed, step, rows)).to(device)
     loss = model.diffusion.loss(lambda x, t: model.transformer(x, t, texts, masks, dropped, motion_free, numbers), x0, t, noise)
-    return loss, (t / model.diffusion.steps).cpu()
+    return loss, (t.view(len(t), -1).float().mean(1) / model.diffusion.steps).cpu()
 
 
 def frames_at(step, config, generator):
@@ -283,8 +291,7 @@ def train_video(config):
         print(f"{films.held} of {len(films.captions)} clips are shorter than {config.frames} frames: their last one is held")
     stills = data.load(config.data, config.image_size, config.seed)
     words = sorted({*image.config["words"], *(word for caption in films.captions for word in words_of(caption))})
-    parts = {name: image.config[name] for name in ("text", "published", "autoencoder") if name in image.config}
-    parts["diffusion"] = image.config["diffusion"] | dict(shared_noise=config.shared_noise)
+    parts = {name: image.config[name] for name in ("text", "published", "autoencoder", "diffusion") if name in image.config}
     # mini's few frames stand further apart in the positions' sinusoids, as its tokens do
     changes = dict(temporal=True, frame_step=min(2.0, image.config["model"]["position_step"]))
     torch.manual_seed(config.seed)

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -34,12 +35,22 @@ def test_scenes_are_true_to_their_captions_and_inside_the_picture():
                 # the caption may name them in either order
                 names = [data.noun(thing, size=relation not in data.COMPARISONS) for thing in things[:2]]
                 a, b = things[:2] if caption.index(names[0]) <= caption.index(names[1]) else things[1::-1]
-                assert names[0] == names[1] or data.holds(relation, a, b) and data.fits(relation, a, b), caption
+                assert names[0] == names[1] or data.clear(relation, a, b), caption
         for thing in things:
             width, height = (share * thing.r for share in data.BOXES[thing.shape])
             for half, centre in ((width, thing.x), (height, thing.y)):
                 assert half - 0.03 <= centre <= 1.03 - half and 4 * centre % 1 == 0.5  # in the middle of a cell
             assert thing.colour in caption and thing.shape in caption and not thing.unseen
+
+
+def test_a_clear_relation_stays_true_if_a_thing_two_away_is_drawn_a_cell_aside():
+    place = lambda x, y: data.Thing("circle", "red", x=(x + 0.5) / 4, y=(y + 0.5) / 4)
+    for x1, y1, x2, y2 in itertools.product(range(4), repeat=4):
+        if data.clear("above", place(x1, y1), place(x2, y2)):
+            assert data.clear("left of", place(y1, x1), place(y2, x2)) and data.clear("below", place(x2, y2), place(x1, y1))
+            assert data.holds("above", place(x1, y1), place(x2, y2))
+            assert y2 == y1 + 1 or all(data.holds("above", place(x1, y1), place(x2 + aside, y2)) for aside in (-1, 1))
+    assert data.clear("above", place(1, 0), place(1, 1)) and not data.clear("above", place(0, 0), place(1, 2))
 
 
 def test_pictures_scale_with_size():

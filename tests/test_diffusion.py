@@ -3,22 +3,20 @@ import math
 import pytest
 import torch
 
-from diffusion import SAMPLERS, Diffusion, ddim, dpm_solver, gaussian, guided
+from diffusion import SAMPLERS, Diffusion, ddim, dpm_solver, guided
 
 KINDS = [(s, p) for s in ("linear", "cosine") for p in ("noise", "velocity", "x0")]
 
 
-def gaussian_model(diffusion, mean, covariance, of_noise=None):
-    """The exact network for data N(mean, covariance) in two dimensions, whatever the target: E[target | x_t]. of_noise: the
-    noise's covariance, if not the identity."""
-    of_noise = torch.eye(2, dtype=mean.dtype) if of_noise is None else of_noise
+def gaussian_model(diffusion, mean, covariance):
+    """The exact network for data N(mean, covariance) in two dimensions, whatever the target: E[target | x_t]."""
 
     def model(x, t):
         alpha, sigma = diffusion.alpha_sigma(t, x)
         a, s = alpha[0].item(), sigma[0].item()
-        total = a * a * covariance + s * s * of_noise
+        total = a * a * covariance + s * s * torch.eye(2, dtype=x.dtype)
         offset = x.flatten(1) - a * mean
-        noise = s * torch.linalg.solve(total, offset.T).T @ of_noise
+        noise = s * torch.linalg.solve(total, offset.T).T
         x0 = mean + a * torch.linalg.solve(total, offset.T).T @ covariance
         return diffusion.target_of(x0.view_as(x), noise.view_as(x), t)
 
@@ -37,6 +35,17 @@ def test_conversions_recover_both_endpoints(schedule, target):
     x = d.add_noise(x0, noise, t)
     for got, true in zip(d.x0_and_noise(x, d.target_of(x0, noise, t), t), (x0, noise)):
         torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule,target", KINDS)
+def test_a_clip_whose_frames_have_timesteps_of_their_own_is_so_many_pictures(schedule, target):
+    d = Diffusion(schedule, target, learned_variance=True)
+    x0, noise = torch.randn(2, 3, 5, 2, 4, 4, dtype=torch.float64)
+    t = torch.tensor([[0, 1, 200, 500, 999], [3, 0, 800, 7, 40], [950, 2, 5, 300, 600]])
+    model = lambda x, t: torch.cat([x.sin(), x.cos()], dim=-3)
+    clip = d.loss(model, x0, t, noise)
+    pictures = d.loss(model, x0.flatten(0, 1), t.flatten(), noise.flatten(0, 1)).view(3, 5)
+    torch.testing.assert_close(clip, pictures.mean(1))
 
 
 def test_alpha_bar_is_the_product():
@@ -75,30 +84,6 @@ def test_gaussian_data_gets_its_mean_and_covariance(sampler, steps, schedule, ta
     out = SAMPLERS[sampler](gaussian_model(d, MEAN, COVARIANCE), d, x, steps, generators).flatten(1)
     torch.testing.assert_close(out.mean(0), MEAN, rtol=0, atol=0.03)
     torch.testing.assert_close(out.T.cov(), COVARIANCE, rtol=0, atol=0.04)
-
-
-@pytest.mark.parametrize("sampler,steps", [("ddpm", 100), ("ddim", 100), ("dpm", 30), ("sde", 60)])
-def test_frames_that_share_noise_get_their_mean_and_covariance(sampler, steps):
-    """Clips of two frames of one pixel, whose noise has a correlation of 0.7."""
-    d = Diffusion(shared_noise=0.7)
-    x = d.noise((2, 1, 1, 1), [torch.Generator().manual_seed(i) for i in range(5000)]).double()
-    of_noise = torch.tensor([[1.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
-    torch.testing.assert_close(x.flatten(1).T.cov(), of_noise, rtol=0, atol=0.05)
-    generators = [torch.Generator().manual_seed(7)] * len(x)
-    out = SAMPLERS[sampler](gaussian_model(d, MEAN, COVARIANCE, of_noise), d, x, steps, generators).flatten(1)
-    torch.testing.assert_close(out.mean(0), MEAN, rtol=0, atol=0.05)
-    torch.testing.assert_close(out.T.cov(), COVARIANCE, rtol=0, atol=0.06)
-
-
-def test_noise_of_pictures_and_of_frames_apart():
-    """Pictures have no frames to share with; with nothing shared, the frames are independent; and a clip's noise does not
-    depend on the rest of the batch."""
-    generators = lambda: [torch.Generator().manual_seed(i) for i in (3, 4)]
-    plain = torch.stack([torch.randn(4, 2, 2, generator=g) for g in generators()])
-    assert torch.equal(Diffusion(shared_noise=0.7).noise((4, 2, 2), generators()), plain)
-    plain = torch.stack([torch.randn(3, 4, 2, 2, generator=g) for g in generators()])
-    assert torch.equal(Diffusion().noise((3, 4, 2, 2), generators()), plain)
-    assert torch.equal(gaussian((3, 4, 2, 2), generators()[:1], 0.5)[0], gaussian((3, 4, 2, 2), generators(), 0.5)[0])
 
 
 @pytest.mark.parametrize("sampler,steps", [("ddpm", 200), ("ddim", 100), ("dpm", 40), ("sde", 60)])

@@ -68,6 +68,20 @@ def test_under_the_motion_free_mask_a_frame_sees_itself_alone(motion_free):
         assert all(not torch.allclose(a[:, i], b[:, i], atol=1e-6) for i in range(F))
 
 
+def test_frames_may_have_timesteps_of_their_own():
+    """Under the motion-free mask a clip is then so many pictures, each at its own; and where all are equal, they are one."""
+    video = random_weights(GenTron(ModelConfig(**SMALL, temporal=True)))
+    x, _, text, mask = batch()
+    t = torch.randint(0, 1000, (B, F))
+    with torch.no_grad():
+        clip = video(x, t, text, mask, motion_free=True)
+        for i in range(F):
+            torch.testing.assert_close(clip[:, i], video(x[:, i : i + 1], t[:, i], text, mask, motion_free=True)[:, 0])
+        same = video(x, t[:, :1].expand(B, F), text, mask)
+        torch.testing.assert_close(same, video(x, t[:, 0], text, mask))
+        assert not torch.allclose(same, video(x, t, text, mask), atol=1e-3)
+
+
 def test_each_clip_of_a_batch_has_its_own_mask_and_the_shortcut_equals_it():
     video = random_weights(GenTron(ModelConfig(**SMALL, temporal=True)).double())
     x, t, text, mask = batch(torch.float64)

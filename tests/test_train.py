@@ -184,8 +184,8 @@ def test_the_mask_and_the_captions_are_dropped_independently(folder, clip_folder
         free = torch.zeros_like(dropped) if motion_free is None else motion_free
         seen.update(zip(free.tolist(), dropped.tolist()))
         for kind in (free, dropped):
-            times[True] += t[kind].tolist()
-            times[False] += t[~kind].tolist()
+            times[True] += t[kind].flatten().tolist()
+            times[False] += t[~kind].flatten().tolist()
         return real(self, x, t, text, mask, dropped, motion_free, numbers)
 
     monkeypatch.setattr(GenTron, "forward", spy)
@@ -193,6 +193,24 @@ def test_the_mask_and_the_captions_are_dropped_independently(folder, clip_folder
     video(folder, clip_folder, tmp_path, "--caption-dropout", "0.5", "--p-motion-free", "0.5", "--batch-size", "64", *whole)
     assert abs(sum(times[True]) / len(times[True]) - sum(times[False]) / len(times[False])) < 60
     assert seen == {(f, d) for f in (True, False) for d in (True, False)}
+
+
+def test_at_first_half_of_the_clips_have_a_timestep_a_frame(folder, clip_folder, tmp_path, monkeypatch):
+    seen = []
+    real = GenTron.forward
+
+    def spy(self, x, t, *rest, **more):
+        if torch.is_grad_enabled():
+            seen.append(t.view(len(t), -1))
+        return real(self, x, t, *rest, **more)
+
+    monkeypatch.setattr(GenTron, "forward", spy)
+    whole = ["--one-frame", "0", "--two-frames", "0", "--four-frames", "0", "--own-timesteps", "3"]
+    video(folder, clip_folder, tmp_path, "--batch-size", "32", *whole)
+    steps = seen[1:]  # the first call counts FLOPs
+    assert [t.shape[1] for t in steps] == [8, 8, 8] + [1] * (len(steps) - 3)
+    mixed = (torch.cat(steps[:3]) != torch.cat(steps[:3])[:, :1]).any(1).double().mean()
+    assert 0.3 < mixed < 0.7
 
 
 def test_batches_are_epochs_in_a_new_order_each():
