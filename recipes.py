@@ -28,7 +28,7 @@ class Config:
     one_frame: int = 100  # video: so many steps at first see the last frame of each clip alone
     two_frames: int = 100  # the next ones see two frames, one of each half
     four_frames: int = 800  # and then four
-    own_timesteps: int = 1000  # in so many steps at first, half of the clips have a timestep a frame
+    own_timesteps: float = 0.5  # share of the clips whose frames have timesteps of their own
     only_temporal: bool = False  # true: the image model's weights stay as they are
     init: str = ""  # the image run to start from: image: if any; video: runs/image-DATA if not given
     clip: str = ""  # the folder of a published CLIP whose text tower reads the captions
@@ -75,9 +75,9 @@ class Config:
 # The paper's objective and optimizer (section 4; DiT's where it is silent).
 PAPER = dict(
     image_size=256, optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear", target="noise", shift=1.0,
-    qk_norm=False, batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100, one_frame=0, two_frames=0, four_frames=0, own_timesteps=0,
+    qk_norm=False, batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100, one_frame=0, two_frames=0, four_frames=0, own_timesteps=0.0,
 )  # fmt: skip
-STEPS = {"autoencoder": 1000, "image": 1700, "video": 1300}  # the demo's
+STEPS = {"autoencoder": 1000, "image": 1500, "video": 1300}  # the demo's
 VIDEO = dict(batch_size=16)
 AUTOENCODER = dict(optimizer="muon", batch_size=16, lr=2e-3, cooldown=0.5)
 CHOICES = dict(
@@ -113,6 +113,8 @@ def read_flags(stage, arguments):
         raise ValueError(f"--image-size {config.image_size}: must be a multiple of 16")
     if not 0 <= config.p_motion_free < 1:
         raise ValueError(f"--p-motion-free {config.p_motion_free}: must be at least 0 and less than 1")
+    if not 0 <= config.own_timesteps <= 1:
+        raise ValueError(f"--own-timesteps {config.own_timesteps}: must be from 0 to 1")
     if config.frames < 2:
         raise ValueError(f"--frames {config.frames}: a clip has at least 2")
     for field in ("batch_size", "steps", "fps", "log_every", "sample_every", "checkpoint_every", "latent_channels",

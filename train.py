@@ -248,17 +248,17 @@ def diffusion_loss(config, model, x0, text, group, step, rows, generator, motion
     timesteps' shares of all steps (B,). They are these rows of the step's global batch, in which each `group` neighbours
     have one timestep, and lose their captions together. motion_free, numbers: as in dit.py.
 
-    In the first --own-timesteps steps the frames of every second clip have timesteps of their own, so that those with
-    little noise tell the others where a thing is: that is what the temporal attention is to pass on, and where all frames
-    are as noisy there is little of it to learn from. (Ours; the idea is Chen et al. 2024, arXiv 2407.01392.)"""
+    In a share of the clips, --own-timesteps, each frame has a timestep of its own, so that those with little noise tell
+    the others where a thing is: that is what the temporal attention is to pass on, and where all frames are as noisy
+    there is little of it to learn from. (Ours; the idea is Chen et al. 2024, arXiv 2407.01392.)"""
     device, count = model.device, (rows.stop - rows.start) * distributed.world() * config.accumulate
     once = lambda values: values.repeat_interleave(group, dim=0)[rows].to(device)
     x0 = x0.to(device)
     texts, masks = ([a.to(device) for a in part] for part in text) if isinstance(text, tuple) else model.read(text)
     t = model.diffusion.random_timesteps(count, generator)
-    if x0.ndim == 5 and step < config.own_timesteps:  # half of the clips: a timestep for each frame
+    if x0.ndim == 5 and config.own_timesteps:
         own = model.diffusion.random_timesteps((count, x0.shape[1]), generator)
-        t = torch.where(torch.rand(count, 1, generator=generator) < 0.5, own, t.unsqueeze(1))  # (B, F)
+        t = torch.where(torch.rand(count, 1, generator=generator) < config.own_timesteps, own, t.unsqueeze(1))  # (B, F)
     t = once(t)
     dropped = once(torch.rand(count, generator=generator) < config.caption_dropout)
     noise = gaussian(x0.shape[1:], row_generators(config.seed, step, rows)).to(device)
