@@ -28,7 +28,7 @@ class Config:
     one_frame: int = 100  # video: so many steps at first see the last frame of each clip alone
     two_frames: int = 100  # the next ones see two frames, one of each half
     four_frames: int = 800  # and then four
-    own_timesteps: float = 0.5  # share of the clips whose frames have timesteps of their own
+    own_timesteps: float = 0.85  # share of the clips whose frames have timesteps of their own
     only_temporal: bool = False  # true: the image model's weights stay as they are
     init: str = ""  # the image run to start from: image: if any; video: runs/image-DATA if not given
     clip: str = ""  # the folder of a published CLIP whose text tower reads the captions
