@@ -75,7 +75,8 @@ class Config:
 # The paper's objective and optimizer (section 4; DiT's where it is silent).
 PAPER = dict(
     image_size=256, optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear", target="noise", shift=1.0,
-    qk_norm=False, batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100, one_frame=0, two_frames=0, four_frames=0, own_timesteps=0.0,
+    qk_norm=False, batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100, one_frame=0, two_frames=0, four_frames=0,
+    own_timesteps=0.0,
 )  # fmt: skip
 STEPS = {"autoencoder": 1000, "image": 1500, "video": 1300}  # the demo's
 VIDEO = dict(batch_size=16)
