@@ -93,21 +93,20 @@ def texture_share(texture, x, y, period):
 
 def draw(things, size=64):
     """Renders things onto the plain background, edges anti-aliased: (size, size, 3) uint8."""
-    picture = np.empty((size, size, 3), np.float32)
-    picture[:] = BACKGROUND
+    picture = np.broadcast_to(np.array(BACKGROUND, np.uint8), (size, size, 3)).copy()
     for thing in things:
         x, y, r = thing.x * size, thing.y * size, thing.r * size
         reach = 1.6 * r + 2  # a star's point is 1.54 r away
         left, right = max(0, int(x - reach)), min(size, int(x + reach) + 1)
         top, bottom = max(0, int(y - reach)), min(size, int(y + reach) + 1)
-        u = (np.arange(left, right, dtype=np.float32) + 0.5 - x)[None, :] + np.zeros((bottom - top, 1), np.float32)
-        v = (np.arange(top, bottom, dtype=np.float32) + 0.5 - y)[:, None] + np.zeros((1, right - left), np.float32)
+        u = (np.arange(left, right, dtype=np.float32) + 0.5 - x)[None, :]
+        v = (np.arange(top, bottom, dtype=np.float32) + 0.5 - y)[:, None]
         cover = (0.5 - distance(thing.shape, u / r, v / r) * r).clip(0, 1)[..., None]
         dark = texture_share(thing.texture, u, v, PERIOD * size)[..., None]
         colour = np.array(COLOURS[thing.colour], np.float32)
-        window = picture[top:bottom, left:right]
-        window += cover * (colour * (1 - 0.72 * dark) - window)
-    return (picture + 0.5).astype(np.uint8)
+        window = picture[top:bottom, left:right].astype(np.float32)
+        picture[top:bottom, left:right] = window + cover * (colour * (1 - 0.72 * dark) - window) + 0.5
+    return picture
 
 
 def random_thing(rng, unseen=False):

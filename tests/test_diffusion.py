@@ -79,7 +79,7 @@ def test_samplers_recover_x0_when_told_the_truth(schedule, target, sampler):
 @pytest.mark.parametrize("schedule,target", [("cosine", "velocity"), ("linear", "noise")])
 def test_gaussian_data_gets_its_mean_and_covariance(sampler, steps, schedule, target):
     d = Diffusion(schedule, target)
-    x = torch.randn(8000, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(20000, 2, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     generators = [torch.Generator().manual_seed(7)] * len(x)
     out = SAMPLERS[sampler](gaussian_model(d, MEAN, COVARIANCE), d, x, steps, generators).flatten(1)
     torch.testing.assert_close(out.mean(0), MEAN, rtol=0, atol=0.03)
