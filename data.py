@@ -8,6 +8,7 @@ of neighbours that training keeps together in a batch.
 Certain pairs of colour and shape, and of texture and shape, never occur in training, so that a model can be asked for
 what it has never seen.
 """
+import functools
 import itertools
 import json
 import random
@@ -91,9 +92,14 @@ def texture_share(texture, x, y, period):
     raise ValueError(f"texture {texture!r} is not one of {', '.join(TEXTURES)}")
 
 
+@functools.cache
+def background(size):
+    return np.full((size, size, 3), BACKGROUND, np.uint8)
+
+
 def draw(things, size=64):
     """Renders things onto the plain background, edges anti-aliased: (size, size, 3) uint8."""
-    picture = np.broadcast_to(np.array(BACKGROUND, np.uint8), (size, size, 3)).copy()
+    picture = background(size).copy()
     for thing in things:
         x, y, r = thing.x * size, thing.y * size, thing.r * size
         reach = 1.6 * r + 2  # a star's point is 1.54 r away
@@ -102,10 +108,11 @@ def draw(things, size=64):
         u = (np.arange(left, right, dtype=np.float32) + 0.5 - x)[None, :]
         v = (np.arange(top, bottom, dtype=np.float32) + 0.5 - y)[:, None]
         cover = (0.5 - distance(thing.shape, u / r, v / r) * r).clip(0, 1)[..., None]
-        dark = texture_share(thing.texture, u, v, PERIOD * size)[..., None]
         colour = np.array(COLOURS[thing.colour], np.float32)
+        if thing.texture != "solid":
+            colour = colour * (1 - 0.72 * texture_share(thing.texture, u, v, PERIOD * size)[..., None])
         window = picture[top:bottom, left:right].astype(np.float32)
-        picture[top:bottom, left:right] = window + cover * (colour * (1 - 0.72 * dark) - window) + 0.5
+        picture[top:bottom, left:right] = window + cover * (colour - window) + 0.5
     return picture
 
 
