@@ -23,8 +23,9 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one proces
 
 # Flags that a run is not the same without.
 FIXED = (
-    "size", "data", "cache", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer", "schedule", "target", "shift",
-    "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal", "p_motion_free", "own_timesteps", "one_frame", "two_frames", "four_frames",
+    "size", "data", "cache", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer", "schedule", "target",
+    "shift", "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal", "p_motion_free", "own_timesteps", "one_frame",
+    "two_frames", "four_frames",
 )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ class MovingShapes:
             number, scenes = rng.choice((1, 2)), None
             while scenes is None:
                 things, motions, relation = random_scene(rng, number)
-                scenes = random_path(things, motions, relation, rng, frames, tries=50)
+                scenes = random_path(things, motions, relation, rng, frames, tries=50)  # some scenes no try would give
             wording = rng.random()
             for scenes, motions in ((scenes, motions), (scenes[::-1], [REVERSED[m] for m in motions])):
                 self.scenes.append(scenes)

@@ -94,6 +94,7 @@ def texture_share(texture, x, y, period):
 
 @functools.cache
 def background(size):
+    """An empty picture, (size, size, 3) uint8; the same one each time, to be copied."""
     return np.full((size, size, 3), BACKGROUND, np.uint8)
 
 

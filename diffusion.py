@@ -43,7 +43,7 @@ class Diffusion:
     """
 
     def __init__(
-        self, schedule="cosine", target="velocity", learned_variance=False, shift=1.0, steps=1000, spacing="trailing",
+        self, schedule="cosine", target="velocity", learned_variance=False, shift=1.0, steps=1000, spacing="trailing"
     ):
         if schedule == "linear":
             beta = torch.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps, dtype=torch.float64)
@@ -61,7 +61,8 @@ class Diffusion:
         self.alpha_bar = (1 - beta).cumprod(0)  # (steps,) float64
 
     def alpha_sigma(self, t, like):
-        """α_t and σ_t of timesteps t (B,), shaped (B, 1, 1, 1), in the dtype and on the device of `like`."""
+        """α_t and σ_t of timesteps t (B,), shaped (B, 1, 1, 1), or (B, F), shaped (B, F, 1, 1, 1), in the dtype and on the
+        device of `like`."""
         alpha_bar = beside(self.alpha_bar.to(t.device)[t], like)
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
@@ -187,7 +188,7 @@ def dpm_solver(model, diffusion, x, steps, generators=None, stochastic=False):
     In λ = log(α/σ) the solution is an integral over the predicted x_0, which is extrapolated from the last two calls.
     The last step goes to σ = 0, where λ is infinite, and takes the predicted x_0 as it is. stochastic: see `dpm_sde`.
     """
-    times, k = diffusion.timesteps(steps), 2 if stochastic else 1
+    times, k = diffusion.timesteps(steps), 2 if stochastic else 1  # the noised process forgets x twice as fast: e^-2h, not e^-h
     before = lam_before = None
     for t, s in zip(times, times[1:] + [-1]):
         x0, _, _ = _predict(model, diffusion, x, t)
@@ -208,7 +209,7 @@ def dpm_solver(model, diffusion, x, steps, generators=None, stochastic=False):
 
 
 def dpm_sde(model, diffusion, x, steps, generators):
-    """SDE-DPM-Solver++(2M) (the same paper, section 5 and appendix): the same for the reverse process that adds noise as it
+    """SDE-DPM-Solver++(2M) (the same paper): the same for the reverse process that adds noise as it
     goes. An error in an early step, as a thing begun in two places, is noised over and mended; the other samplers keep it."""
     return dpm_solver(model, diffusion, x, steps, generators, stochastic=True)
 

@@ -14,6 +14,7 @@ import data
 def test_clips_are_true_to_their_captions():
     shapes = clips.MovingShapes(count=300, seed=1)
     assert shapes.captions == clips.MovingShapes(count=300, seed=1).captions
+    assert 0.4 < np.mean([len(scenes[0]) == 2 for scenes in shapes.scenes]) < 0.6  # half have two things
     for scenes, caption in zip(shapes.scenes, shapes.captions):
         assert len(scenes) == 8
         for thing in sum(scenes, []):  # inside of the picture, but for 0.03

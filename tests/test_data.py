@@ -36,6 +36,10 @@ def test_scenes_are_true_to_their_captions_and_inside_the_picture():
                 names = [data.noun(thing, size=relation not in data.COMPARISONS) for thing in things[:2]]
                 a, b = things[:2] if caption.index(names[0]) <= caption.index(names[1]) else things[1::-1]
                 assert names[0] == names[1] or data.clear(relation, a, b), caption
+                if relation in data.RELATIONS:  # each as far to its side as it may be
+                    axis, half = ("y", 1) if relation in ("above", "below") else ("x", 0)
+                    for thing, end in zip(sorted(things[:2], key=lambda thing: getattr(thing, axis)), (0, -1)):
+                        assert getattr(thing, axis) == data.cells_for(data.BOXES[thing.shape][half] * thing.r)[end], caption
         for thing in things:
             width, height = (share * thing.r for share in data.BOXES[thing.shape])
             for half, centre in ((width, thing.x), (height, thing.y)):
