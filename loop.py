@@ -4,6 +4,7 @@ Step i of a run draws its batch and its noise from (seed, i) alone. A resumed ru
 as one that was never interrupted, and there is no random state to save; and every number of processes sees the same
 batches, of which each computes its rows.
 """
+import atexit
 import dataclasses
 import functools
 import importlib.util
@@ -63,8 +64,9 @@ def batch_indices(step, count, batch_size, seed, group=1):
     return torch.stack(found)
 
 
-def matmul_rate(device, dtype=torch.float32, n=2048, repeats=4):
-    """FLOP/s of a square product on this machine: the yardstick for the step's own rate."""
+def matmul_rate(device, dtype=torch.float32, n=0, repeats=4):
+    """FLOP/s of a square product on this machine, large enough to fill it: the yardstick for the step's own rate."""
+    n = n or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = 0.0
     for _ in range(repeats):
@@ -79,7 +81,8 @@ def computing_dtype(precision, device):
     """The dtype of the products in training (weights, their gradients and the optimizer stay in fp32). "auto" measures
     which is faster here: with instructions for it, bf16 is so by far; without, it is slower by far. Ranks decide together."""
     if precision == "auto":
-        faster = matmul_rate(device, torch.bfloat16, 1024, 8) > matmul_rate(device, torch.float32, 1024, 8)
+        n = 0 if device.type == "cuda" else 1024
+        faster = matmul_rate(device, torch.bfloat16, n, 8) > matmul_rate(device, torch.float32, n, 8)
         precision = "bf16" if 2 * distributed.total(faster) > distributed.world() else "fp32"
     return dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
 
@@ -154,6 +157,7 @@ class Ahead:
         if self.batches is None:
             end = max(k + 1, self.config.steps * self.config.accumulate)  # one, for a run that is at its end already
             self.batches = shards.batches(self.dataset, range(k, end), self.indices, self.config.workers)
+            atexit.register(self.batches.close)  # however the run ends, or Python would wait for the readers at its exit
         if self.last is None or self.last[0] != k:
             self.last = k, next(self.batches)
             for index, reason in self.last[1][2].items():

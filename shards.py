@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
@@ -273,6 +274,12 @@ class Steps:
         return pictures, captions, dict(itertools.islice(bad.items(), known, None))  # the last ones that went in
 
 
+def undisturbed(worker):
+    """Ctrl-C and a cluster's SIGTERM reach all processes of a job: how to end is the training's to say, not its readers'."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(dataset, steps, indices, workers=0):
     """Yields, for each of the steps in order, (pictures, captions, {index: reason} of what was found damaged, which the data
     set then knows too). dataset: anything with read(indices). indices: step → the indices to read, for instance
@@ -280,7 +287,8 @@ def batches(dataset, steps, indices, workers=0):
     steps each, or none: the result is the same."""
     own = torch.Generator()  # else the loader would draw from PyTorch's, and change what a training draws next
     for pictures, captions, bad in torch.utils.data.DataLoader(
-        Steps(dataset, indices), batch_size=None, sampler=steps, num_workers=workers, generator=own
+        Steps(dataset, indices), batch_size=None, sampler=steps, num_workers=workers, generator=own,
+        worker_init_fn=undisturbed,
     ):
         if bad:
             dataset.bad.update(bad)

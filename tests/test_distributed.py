@@ -44,7 +44,7 @@ def start(root, out, processes, *flags):
     command = ["train.py", "image", "--data", str(root / "data"), "--autoencoder", str(root / "ae"), "--out", str(out)]
     keep = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*program, *command, *FLAGS, *flags], cwd=ROOT, env=keep, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
 
 
 def run(root, out, processes, *flags, code=0):
@@ -95,6 +95,17 @@ def test_a_checkpoint_of_some_processes_goes_on_in_others(folder, tmp_path, befo
     assert 5 <= steps < 20 and checkpoints.folders(tmp_path)[-1].name == f"{steps:06d}"
     run(folder, tmp_path, after, "--resume")
     assert (losses(tmp_path) - losses(folder / "one")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_job_ends_it_with_a_checkpoint(folder, tmp_path, number):
+    """As Ctrl-C and clusters send it: the readers of tar shards get it too, and must not die before the training ends."""
+    shards.main([str(folder / "data"), str(tmp_path / "tars")])
+    process = start(folder, tmp_path / "run", 1, "--data", str(tmp_path / "tars"), "--steps", "5000", "--workers", "2")
+    until(tmp_path / "run", 5)
+    os.killpg(process.pid, number)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "with a checkpoint. Go on with" in text and "Traceback" not in text, text
 
 
 def test_groups_accumulation_checkpointing_and_bf16_agree(folder, tmp_path):
