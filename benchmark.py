@@ -13,12 +13,12 @@ import statistics
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 from autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion import guided_motion
 from dit import GenTron, ModelConfig
+from dryrun import Flops
 from pipeline import device_of
 
 
@@ -57,12 +57,12 @@ def against_the_product(name):
     config = ModelConfig.of("S", integration="class", classes=1000)
     model, a = GenTron(config), torch.randn(4096, 4096)
     step = step_of(model, (torch.randn(8, 4, 32, 32), *torch.randint(0, 1000, (2, 8))))
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         step()
     ratios = []
     for _ in range(3):
         product, whole = compare(lambda: (a @ a)[0, 0].item(), step, 3)
-        product, rate = 2 * 4096**3 / product, counter.get_total_flops() / whole
+        product, rate = 2 * 4096**3 / product, counter.total / whole
         ratios.append(rate / product)
     print(f"S/2, 256 tokens, {name}: step {rate / 1e9:.0f}, product {product / 1e9:.0f} GFLOP/s; ratio {statistics.median(ratios):.2f}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 import attention
 from autoencoder import Autoencoder, AutoencoderConfig, AutoencoderKL, AutoencoderKLConfig
@@ -56,6 +56,23 @@ class Peak(TorchDispatchMode):
         self.alive[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+class Flops(TorchDispatchMode):
+    """Counts the FLOPs of all products while this mode is on: `total`. (torch's FlopCounterMode keeps an account of modules
+    too, and with it all that checkpointed blocks compute again: enough to run out of memory.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        with self:
+            result = function.decompose(*arguments, **options)  # into the products that it is made of, if of any
+        if result is NotImplemented:
+            result = function(*arguments, **options)
+            if count := flop_registry.get(function.overloadpacket):
+                self.total += count(*arguments, **options, out_val=result)
+        return result
 
 
 def flash(q, k, v, mask=None):
@@ -100,11 +117,11 @@ def flops(config, frames, side, lengths, checkpointing):
     model.checkpointing = checkpointing
     before, attention.FUSED = attention.FUSED, False  # written out, every product is seen
     try:
-        with FlopCounterMode(display=False) as counter:
+        with Flops() as counter:
             model(*step_inputs(config, 1, frames, side, lengths)).square().mean().backward()
     finally:
         attention.FUSED = before
-    return counter.get_total_flops()
+    return counter.total
 
 
 def by_part(model):

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import checkpoints
 import distributed
+import dryrun
 import pictures
 import shards
 from muon import Muon
@@ -233,9 +233,9 @@ def fit(config, model, read, batch_loss, preview, save):
     if config.resume or restarted:
         first = checkpoints.load(folder, config, trained, ema, optimizers)
     log, rate = Log(folder, first), matmul_rate(device, dtype)
-    with FlopCounterMode(display=False) as counter:  # on a step of its own: counting may change the last bits of a result
+    with dryrun.Flops() as counter:  # on a step of its own: counting may change the last bits of a result
         losses_of(first, 0)[0].mean().backward()
-    flops = counter.get_total_flops() * config.accumulate
+    flops = counter.total * config.accumulate  # with --checkpointing, what is computed twice counts twice
     model.zero_grad(set_to_none=True)
     count = sum(p.numel() for p in trained.values())
     print(f"{folder}: {count / 1e6:.1f}M trained parameters on {device}, {str(dtype)[6:]} products, steps {first}…{config.steps}")

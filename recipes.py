@@ -64,6 +64,7 @@ class Config:
     shard: int = 0  # under torchrun: how many neighbours share one copy of the model; 0: all
     precision: str = "auto"  # fp32, bf16 (weights stay fp32), or auto: bf16 where this machine multiplies it faster
     attention: str = "auto"  # fused, written, or auto: written on a CPU
+    compile: bool = False  # torch.compile each block: on a GPU 1.5 times as fast with a third less memory, after a minute's wait
     checkpointing: bool = False  # keep only what goes into each block, and compute the rest again: less memory, a third slower
     device: str = "auto"
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop (dryrun.py)

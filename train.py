@@ -173,6 +173,9 @@ def place(model, config):
     device = distributed.start(device_of(config.device))
     dtype = computing_dtype(config.precision, device)
     model.transformer.checkpointing = config.checkpointing
+    if config.compile:
+        for block in model.transformer.blocks:
+            block.compile()
     for part in (model.transformer, *model.text_encoders):
         if any(p.requires_grad for p in part.parameters()):
             distributed.shard(part, device, dtype, config.shard)

@@ -101,6 +101,35 @@ def test_flops_are_the_products_of_the_equations():
     assert 1.2 < again / once < 1.35  # the forward pass a second time
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_flops_are_counted_as_torch_counts_them_and_keep_nothing_alive(fused, monkeypatch):
+    """Of a checkpointed step under autocast, with an encoder that does not learn before it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr(attention, "FUSED", fused)
+    encoder, model = T5Encoder(T5Config(vocabulary=64, width=16)), GenTron(ModelConfig(depth=8, width=64, heads=4, text_widths=(16,)))
+    tokens, mask = torch.randint(0, 64, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
+    model.checkpointing = True
+    inputs = torch.randn(4, 4, 16, 16), torch.zeros(4, dtype=torch.long)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                text = encoder(tokens, mask)
+            loss = model(*inputs, (text,), (mask,)).float().square().mean()
+        loss.backward()
+        model.zero_grad()
+
+    with FlopCounterMode(display=False) as theirs:
+        step()
+    with dryrun.Peak(model.parameters()) as plain:
+        step()
+    with dryrun.Peak(model.parameters()) as counted, dryrun.Flops() as ours:
+        step()
+    assert ours.total == theirs.get_total_flops() > 0
+    assert counted.peak < 1.05 * plain.peak
+
+
 def small(**changes):
     return ModelConfig(depth=2, width=32, heads=4, channels=4, out_channels=8, **TWO | changes)
 

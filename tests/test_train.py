@@ -51,6 +51,30 @@ def image(folder, out, *flags):
     run("image", folder, out, "--autoencoder", str(folder.parent / "ae"), *TINY, *flags)
 
 
+def losses(out):
+    return torch.tensor([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+
+
+def test_compiled_blocks_train_alike_and_go_on_uncompiled(folder, tmp_path, monkeypatch):
+    """With a back end that traces, as on a GPU, and needs no compiler; through checkpointing, captions of any length, a stop."""
+    traced, compile = [], torch.compile
+
+    def tracing(function, **options):
+        traced.append(function)
+        return compile(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", tracing)
+    flags = "--precision", "fp32", "--log-every", "1", "--optimizer", "adamw", "--lr", "1e-3"
+    image(folder, tmp_path / "plain", *flags)
+    assert not traced
+    image(folder, tmp_path / "compiled", *flags, "--compile", "--checkpointing")
+    assert len(traced) == 6  # blocks
+    assert (losses(tmp_path / "compiled") - losses(tmp_path / "plain")).abs().max() < 1e-5
+    shutil.rmtree(tmp_path / "compiled/checkpoints/000006")
+    image(folder, tmp_path / "compiled", *flags, "--resume")
+    assert (losses(tmp_path / "compiled") - losses(tmp_path / "plain")).abs().max() < 1e-5
+
+
 def test_a_run_leaves_what_it_says(folder, tmp_path, capsys):
     image(folder, tmp_path)
     printed = capsys.readouterr().out
