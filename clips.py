@@ -22,7 +22,8 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 import data
-from data import CELLS, COMPARISONS, RELATIONS, SIZES
+import shapes
+from shapes import COMPARISONS, RELATIONS, SIZES
 
 # ---------------------------------------------------------------------------------------------------------- shapes
 
@@ -42,8 +43,8 @@ def path(thing, motion, frames, rng):
     dx, dy, growth = MOTIONS[motion]
     sizes = list(SIZES.values())[::growth] if growth else [SIZES[thing.size]]
     ways = [sizes]
-    for direction, share in zip((dx, dy), data.BOXES[thing.shape]):
-        cells = data.cells_for(share * max(sizes))
+    for direction, share in zip((dx, dy), shapes.BOXES[thing.shape]):
+        cells = shapes.cells_for(share * max(sizes))
         ways.append(cells[::direction] if direction else [rng.choice(cells)])
     steps = ([way[round(i * (len(way) - 1) / (frames - 1))] for way in ways] for i in range(frames))  # 0 0 1 1 2 2 3 3
     return [replace(thing, r=r, x=x, y=y) for r, x, y in steps]
@@ -51,7 +52,7 @@ def path(thing, motion, frames, rng):
 
 def apart(a, b):
     """Whether the boxes of two things stay apart."""
-    (aw, ah), (bw, bh) = data.BOXES[a.shape], data.BOXES[b.shape]
+    (aw, ah), (bw, bh) = shapes.BOXES[a.shape], shapes.BOXES[b.shape]
     return abs(a.x - b.x) > aw * a.r + bw * b.r + 0.02 or abs(a.y - b.y) > ah * a.r + bh * b.r + 0.02
 
 
@@ -61,7 +62,7 @@ def random_path(things, motions, relation, rng, frames, tries=300):
     for _ in range(tries):
         paths = [path(thing, motion, frames, rng) for thing, motion in zip(things, motions)]
         scenes = [list(scene) for scene in zip(*paths)]
-        if all((len(scene) < 2 or apart(*scene)) and (not relation or data.clear(relation, *scene)) for scene in scenes):
+        if all((len(scene) < 2 or apart(*scene)) and (not relation or shapes.clear(relation, *scene)) for scene in scenes):
             return scenes
     return None
 
@@ -76,16 +77,16 @@ def describe(things, motions, relation, rng):
     differ, "a red circle moving left and a blue star standing still"."""
     things = unsized(things, motions)
     if len(things) == 1:
-        return f"{data.describe(things, None, rng)} {motions[0]}"
+        return f"{shapes.describe(things, None, rng)} {motions[0]}"
     if motions[0] == motions[1]:
-        return f"{data.describe(things, relation, rng)}, both {motions[0]}"
-    return " and ".join(f"{data.noun(thing)} {motion}" for thing, motion in zip(things, motions))
+        return f"{shapes.describe(things, relation, rng)}, both {motions[0]}"
+    return " and ".join(f"{shapes.noun(thing)} {motion}" for thing, motion in zip(things, motions))
 
 
 class MovingShapes:
     """count (an even number of) clips; 2k+1 is 2k backwards, both drawn from (seed, k) alone, when they are asked for: the
     same frames in another order and another word for it, which is what that word is then learned from. (Compare
-    data.Shapes.)"""
+    shapes.Shapes.)"""
 
     skipped, held = (), 0
     group = 2
@@ -115,7 +116,7 @@ class MovingShapes:
         """Clip i, blurred and noisy, as a bad camera sees it: (F, S, S, 3) uint8."""
         rng = np.random.default_rng((self.seed, i // 2))
         blur = ImageFilter.GaussianBlur(rng.uniform(0.004, 0.01) * self.size)
-        frames = np.stack([np.asarray(Image.fromarray(data.draw(scene, self.size)).filter(blur)) for scene in self.scenes[i]])
+        frames = np.stack([np.asarray(Image.fromarray(shapes.draw(scene, self.size)).filter(blur)) for scene in self.scenes[i]])
         return (frames + rng.normal(0, 5, frames.shape)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -123,7 +124,7 @@ def random_scene(rng, number):
     """One or two things without a place, their motions, and a relation or None, as clips have them."""
     things = []
     while len(things) < number:
-        thing = data.random_thing(rng)
+        thing = shapes.random_thing(rng)
         if thing.colour in COLOURS and thing.texture in TEXTURES:
             things.append(thing)
     motions, relation = [rng.choice(list(MOTIONS))] * len(things), None
@@ -132,7 +133,7 @@ def random_scene(rng, number):
     if len(things) == 2 and motions[0] == motions[1] and rng.random() < 0.7:
         still_sized = motions[0] not in ("growing", "shrinking")
         relation = rng.choice(RELATIONS + COMPARISONS if still_sized else RELATIONS)
-    return data.sized(things, relation, rng), motions, relation
+    return shapes.sized(things, relation, rng), motions, relation
 
 
 # ---------------------------------------------------------------------------------------------------------- folders

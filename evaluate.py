@@ -34,11 +34,12 @@ import attention
 import clips
 import data
 import pictures
+import shapes
 from clips import MOTIONS
-from data import TEXTURES, Thing
 from judge import judge, judge_clip, look
 from pipeline import Pipeline, device_of, from_bytes
 from sample import newest_run, parse_flags
+from shapes import TEXTURES, Thing
 
 COLUMNS = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 
@@ -56,7 +57,7 @@ def prompts(column, unseen, count, seed=0):
     rng, found = random.Random(f"{column} {unseen} {seed}"), []
     while len(found) < count:
         number = rng.choice([2, 3]) if column == "complex" else 2
-        things = [data.random_thing(rng, unseen and i == 0) for i in range(number)]
+        things = [shapes.random_thing(rng, unseen and i == 0) for i in range(number)]
         rng.shuffle(things)
         if column != "texture" and column != "complex":
             things = [Thing(thing.shape, thing.colour) for thing in things]
@@ -70,10 +71,10 @@ def prompts(column, unseen, count, seed=0):
             continue
         relation = None
         if column == "spatial" or column == "complex" and rng.random() < 0.5:
-            relation = rng.choice(data.RELATIONS)
+            relation = rng.choice(shapes.RELATIONS)
         elif column == "non_spatial":
-            relation = rng.choice(data.COMPARISONS)
-        found.append(Prompt(data.describe(things, relation, rng), tuple(things), relation))
+            relation = rng.choice(shapes.COMPARISONS)
+        found.append(Prompt(shapes.describe(things, relation, rng), tuple(things), relation))
     return found
 
 
@@ -100,7 +101,7 @@ def motion_prompts(count, seed=0):
     while len(found) < count:
         turn, i = divmod(len(found), len(kinds))
         motions = [kinds[i]] + [rng.choice([kinds[i], rng.choice(kinds)])] * (turn % 2)
-        things = [data.random_thing(rng) for _ in motions]
+        things = [shapes.random_thing(rng) for _ in motions]
         if only_in_pictures(things) != (turn // 2 % 2 == 1) or len({(t.colour, t.shape) for t in things}) < len(things):
             continue
         if clips.random_path(things, motions, None, rng, 8):  # can be drawn
@@ -119,7 +120,7 @@ def moving_prompts(column, count, seed=0):
     rng, found = random.Random(f"moving {column} {seed}"), []
     for prompt in prompts(column, False, 20 * count, seed):
         motions = [rng.choice(list(MOTIONS))] * 2
-        things = data.sized(prompt.things, prompt.relation, rng)
+        things = shapes.sized(prompt.things, prompt.relation, rng)
         if len(things) == 2 and len(found) < count and clips.random_path(things, motions, prompt.relation, rng, 8):
             things = tuple(clips.unsized(prompt.things, motions))
             found.append(Prompt(clips.describe(things, motions, prompt.relation, rng), things, prompt.relation, tuple(motions)))

@@ -5,9 +5,9 @@ import itertools
 
 import numpy as np
 
-import data
+import shapes
 from clips import MOTIONS
-from data import CELLS, COLOURS, SHAPES, SIZES, TEXTURES, Thing, distance, texture_share
+from shapes import CELLS, COLOURS, SHAPES, SIZES, TEXTURES, Thing, distance, texture_share
 
 
 def components(mask):
@@ -111,7 +111,7 @@ def best_texture(window, left, top, shape, x, y, r, colour, S):
         return "solid"
     dark = ((1 - window.max(-1) / max(COLOURS[colour])) / 0.72).clip(0, 1)
     errors = {
-        texture: np.square(texture_share(texture, u, v, data.PERIOD * S) - dark)[:, inside].mean(1).min()
+        texture: np.square(texture_share(texture, u, v, shapes.PERIOD * S) - dark)[:, inside].mean(1).min()
         for texture in TEXTURES
     }
     return min(errors, key=errors.get)
@@ -137,7 +137,7 @@ def judge(found, prompt, column):
     matched = [b for _, b in pairs]
     if column == "complex" and any(a.size and a.size != b.size for a, b in pairs):
         return 0.0
-    return float(prompt.relation is None or data.holds(prompt.relation, *matched[:2]))
+    return float(prompt.relation is None or shapes.holds(prompt.relation, *matched[:2]))
 
 
 # ------------------------------------------------------------------------------------------------------------- clips
@@ -183,7 +183,7 @@ def judge_clip(clip, things, motions):
     amount     how far things go, as a share of the way from the first cell of a row to its last
     """
     found = [look(frame) for frame in clip]
-    rest = clip.astype(np.float32) - np.stack([data.draw(frame, clip.shape[1]) for frame in found])
+    rest = clip.astype(np.float32) - np.stack([shapes.draw(frame, clip.shape[1]) for frame in found])
     scores = dict(motion=0.0, identity=0.0, flicker=float(np.abs(np.diff(rest, axis=0)).mean() / 255), amount=0.0)
     tracks = follow(found, things)
     if tracks is not None:

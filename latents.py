@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import autoencoder as autoencoders
 import data
+import shapes
 import weights
 from pipeline import LOADERS, device_of, from_bytes
 from sample import parse_flags
@@ -75,9 +76,9 @@ def samples_of(config):
     """What --data names, with no picture opened yet: the names of N pictures, their captions, a function from a name to the
     picture (S, S, 3) uint8 (ValueError if it cannot be used), what was left out for its caption, and the data set's group."""
     if config.data == "shapes":
-        shapes = data.Shapes(config.image_size, seed=config.seed)
-        read = lambda i: data.draw(shapes.scenes[i], config.image_size)
-        return list(range(len(shapes.captions))), shapes.captions, read, [], shapes.group
+        drawn = shapes.Shapes(config.image_size, seed=config.seed)
+        read = lambda i: shapes.draw(drawn.scenes[i], config.image_size)
+        return list(range(len(drawn.captions))), drawn.captions, read, [], drawn.group
     folder = Path(config.data)
     files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in data.PICTURES)
     captions, paths, skipped = data.read_folder(folder, files, lambda path: path, "--data", "picture (png, jpg, webp)")

@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import checkpoints  # noqa: E402
-import data  # noqa: E402
+import shapes  # noqa: E402
 import weights  # noqa: E402
 
 FLAGS = ["--image-size", "32", "--batch-size", "4", "--steps", "400", "--checkpoint-every", "5", "--sample-every", "1000",
@@ -34,9 +34,9 @@ def start(root, stage, out, *flags):
 def make_data(root):
     """A folder of pictures, root/data, and an autoencoder, root/ae."""
     (root / "data").mkdir()
-    shapes = data.Shapes(32, count=20)
-    for i, caption in enumerate(shapes.captions):
-        Image.fromarray(shapes.pictures([i])[0].permute(1, 2, 0).numpy()).save(root / "data" / f"{i}.png")
+    drawn = shapes.Shapes(32, count=20)
+    for i, caption in enumerate(drawn.captions):
+        Image.fromarray(drawn.pictures([i])[0].permute(1, 2, 0).numpy()).save(root / "data" / f"{i}.png")
         (root / "data" / f"{i}.txt").write_text(caption)
     assert start(root, "autoencoder", root / "ae", "--steps", "5").wait() == 0
 

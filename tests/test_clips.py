@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 
 import clips
-import data
+import shapes
 
 
 def test_clips_are_true_to_their_captions():
-    shapes = clips.MovingShapes(count=300, seed=1)
-    assert shapes.captions == clips.MovingShapes(count=300, seed=1).captions
-    assert 0.4 < np.mean([len(scenes[0]) == 2 for scenes in shapes.scenes]) < 0.6  # half have two things
-    for scenes, caption in zip(shapes.scenes, shapes.captions):
+    drawn = clips.MovingShapes(count=300, seed=1)
+    assert drawn.captions == clips.MovingShapes(count=300, seed=1).captions
+    assert 0.4 < np.mean([len(scenes[0]) == 2 for scenes in drawn.scenes]) < 0.6  # half have two things
+    for scenes, caption in zip(drawn.scenes, drawn.captions):
         assert len(scenes) == 8
         for thing in sum(scenes, []):  # inside of the picture, but for 0.03
-            for place, share in zip((thing.x, thing.y), data.BOXES[thing.shape]):
+            for place, share in zip((thing.x, thing.y), shapes.BOXES[thing.shape]):
                 assert share * thing.r - 0.03 <= place <= 1.03 - share * thing.r
         told = re.findall("|".join(sorted(clips.MOTIONS, key=len, reverse=True)), caption)
         for i, (first, second, last) in enumerate(zip(scenes[0], scenes[1], scenes[-1])):
@@ -27,25 +27,25 @@ def test_clips_are_true_to_their_captions():
             name = next(n for n, m in clips.MOTIONS.items() if m == (dx, dy, growth))
             assert name == told[min(i, len(told) - 1)], (caption, name)
             assert first.colour in clips.COLOURS and first.texture in clips.TEXTURES and not first.unseen
-            ways = [data.cells_for(share * max(first.r, last.r)) for share in data.BOXES[first.shape]]
+            ways = [shapes.cells_for(share * max(first.r, last.r)) for share in shapes.BOXES[first.shape]]
             for a, b, moves, way in zip((first.x, first.y), (last.x, last.y), (dx, dy), ways):
                 assert not moves or (a, b) == ((way[0], way[-1]) if moves > 0 else (way[-1], way[0]))
             assert 4 * second.x % 1 == 0.5 and f"{first.colour} {first.shape}" in caption
-        for relation in (*data.RELATIONS, *data.COMPARISONS):
+        for relation in (*shapes.RELATIONS, *shapes.COMPARISONS):
             if f" {relation} " in caption:
                 a, b = scenes[0]
-                one = caption.index(data.noun(a, False).split(" ", 1)[1]) <= caption.index(data.noun(b, False).split(" ", 1)[1])
-                assert data.noun(a, False) == data.noun(b, False) or all(
-                    data.holds(relation, *(s if one else s[::-1])) for s in scenes
+                one = caption.index(shapes.noun(a, False).split(" ", 1)[1]) <= caption.index(shapes.noun(b, False).split(" ", 1)[1])
+                assert shapes.noun(a, False) == shapes.noun(b, False) or all(
+                    shapes.holds(relation, *(s if one else s[::-1])) for s in scenes
                 ), caption
 
 
 def test_neighbours_are_the_same_clip_backwards():
-    shapes = clips.MovingShapes(count=6)
-    forth, back = shapes.clips([0, 2, 4]), shapes.clips([1, 3, 5])
+    drawn = clips.MovingShapes(count=6)
+    forth, back = drawn.clips([0, 2, 4]), drawn.clips([1, 3, 5])
     assert forth.shape == (3, 8, 3, 64, 64) and forth.dtype == torch.uint8
     assert (forth.float() - back.flip(1).float()).abs().mean() < 8  # but for the noise
-    assert torch.equal(forth, shapes.clips([0, 2, 4])) and (forth[:, 0] != forth[:, 7]).any()
+    assert torch.equal(forth, drawn.clips([0, 2, 4])) and (forth[:, 0] != forth[:, 7]).any()
 
 
 def frames(count=8, size=40):

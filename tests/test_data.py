@@ -8,18 +8,19 @@ from PIL import Image
 
 import data
 import emoji
+import shapes
 
 
-@pytest.mark.parametrize("shape", data.SHAPES)
+@pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_shapes_have_equal_area_true_distance_and_their_box(shape):
     axis = np.linspace(-2, 2, 801)
     x, y = np.meshgrid(axis, axis)
-    d = data.distance(shape, x, y)
+    d = shapes.distance(shape, x, y)
     assert (d < 0).mean() * 16 == pytest.approx(np.pi, rel=0.01)
     edge = abs(d) < 0.03
     slope = np.hypot(*np.gradient(d, axis, axis))[edge]
     assert np.median(slope) == pytest.approx(1, abs=0.02)  # the edge is one pixel wide at any size
-    width, height = data.BOXES[shape]
+    width, height = shapes.BOXES[shape]
     for extent, coordinate in ((width, x), (height, y)):
         assert abs(coordinate[d < 0]).max() == pytest.approx(extent, abs=0.02)
         if (shape, extent) != ("star", height):  # a star's box reaches as far down as its point does up
@@ -27,39 +28,39 @@ def test_shapes_have_equal_area_true_distance_and_their_box(shape):
 
 
 def test_scenes_are_true_to_their_captions_and_inside_the_picture():
-    shapes = data.Shapes(count=400, seed=3)
-    assert shapes.captions == data.Shapes(count=400, seed=3).captions
-    for things, caption in zip(shapes.scenes, shapes.captions):
-        for relation in (*data.RELATIONS, *data.COMPARISONS):
+    drawn = shapes.Shapes(count=400, seed=3)
+    assert drawn.captions == shapes.Shapes(count=400, seed=3).captions
+    for things, caption in zip(drawn.scenes, drawn.captions):
+        for relation in (*shapes.RELATIONS, *shapes.COMPARISONS):
             if f" {relation} " in caption:
                 # the caption may name them in either order
-                names = [data.noun(thing, size=relation not in data.COMPARISONS) for thing in things[:2]]
+                names = [shapes.noun(thing, size=relation not in shapes.COMPARISONS) for thing in things[:2]]
                 a, b = things[:2] if caption.index(names[0]) <= caption.index(names[1]) else things[1::-1]
-                assert names[0] == names[1] or data.clear(relation, a, b), caption
-                if relation in data.RELATIONS:  # each as far to its side as it may be
+                assert names[0] == names[1] or shapes.clear(relation, a, b), caption
+                if relation in shapes.RELATIONS:  # each as far to its side as it may be
                     axis, half = ("y", 1) if relation in ("above", "below") else ("x", 0)
                     for thing, end in zip(sorted(things[:2], key=lambda thing: getattr(thing, axis)), (0, -1)):
-                        assert getattr(thing, axis) == data.cells_for(data.BOXES[thing.shape][half] * thing.r)[end], caption
+                        assert getattr(thing, axis) == shapes.cells_for(shapes.BOXES[thing.shape][half] * thing.r)[end], caption
         for thing in things:
-            width, height = (share * thing.r for share in data.BOXES[thing.shape])
+            width, height = (share * thing.r for share in shapes.BOXES[thing.shape])
             for half, centre in ((width, thing.x), (height, thing.y)):
                 assert half - 0.03 <= centre <= 1.03 - half and 4 * centre % 1 == 0.5  # in the middle of a cell
             assert thing.colour in caption and thing.shape in caption and not thing.unseen
 
 
 def test_a_clear_relation_stays_true_if_a_thing_two_away_is_drawn_a_cell_aside():
-    place = lambda x, y: data.Thing("circle", "red", x=(x + 0.5) / 4, y=(y + 0.5) / 4)
+    place = lambda x, y: shapes.Thing("circle", "red", x=(x + 0.5) / 4, y=(y + 0.5) / 4)
     for x1, y1, x2, y2 in itertools.product(range(4), repeat=4):
-        if data.clear("above", place(x1, y1), place(x2, y2)):
-            assert data.clear("left of", place(y1, x1), place(y2, x2)) and data.clear("below", place(x2, y2), place(x1, y1))
-            assert data.holds("above", place(x1, y1), place(x2, y2))
-            assert y2 == y1 + 1 or all(data.holds("above", place(x1, y1), place(x2 + aside, y2)) for aside in (-1, 1))
-    assert data.clear("above", place(1, 0), place(1, 1)) and not data.clear("above", place(0, 0), place(1, 2))
+        if shapes.clear("above", place(x1, y1), place(x2, y2)):
+            assert shapes.clear("left of", place(y1, x1), place(y2, x2)) and shapes.clear("below", place(x2, y2), place(x1, y1))
+            assert shapes.holds("above", place(x1, y1), place(x2, y2))
+            assert y2 == y1 + 1 or all(shapes.holds("above", place(x1, y1), place(x2 + aside, y2)) for aside in (-1, 1))
+    assert shapes.clear("above", place(1, 0), place(1, 1)) and not shapes.clear("above", place(0, 0), place(1, 2))
 
 
 def test_pictures_scale_with_size():
-    small = data.Shapes(64, count=4).pictures([1, 2]).float()
-    big = data.Shapes(256, count=4).pictures([1, 2]).float()
+    small = shapes.Shapes(64, count=4).pictures([1, 2]).float()
+    big = shapes.Shapes(256, count=4).pictures([1, 2]).float()
     assert small.shape == (2, 3, 64, 64)
     assert (torch.nn.functional.avg_pool2d(big, 4) - small).abs().mean() < 3
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import checkpoints
-import data
 import latents
 import loop
+import shapes
 import shards
 import train
 import weights
@@ -29,9 +29,9 @@ FLAGS = ["--image-size", "32", "--batch-size", "8", "--steps", "20", "--log-ever
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("distributed")
     (root / "data").mkdir()
-    shapes = data.Shapes(32, count=20)
-    for i, caption in enumerate(shapes.captions):
-        Image.fromarray(shapes.pictures([i])[0].permute(1, 2, 0).numpy()).save(root / "data" / f"{i}.png")
+    drawn = shapes.Shapes(32, count=20)
+    for i, caption in enumerate(drawn.captions):
+        Image.fromarray(drawn.pictures([i])[0].permute(1, 2, 0).numpy()).save(root / "data" / f"{i}.png")
         (root / "data" / f"{i}.txt").write_text(caption)
     train.main(["autoencoder", "--data", str(root / "data"), "--image-size", "32", "--steps", "2", "--out", str(root / "ae")])
     run(root, root / "one", 1)

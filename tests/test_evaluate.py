@@ -7,15 +7,15 @@ import torch
 from PIL import Image
 
 import clips
-import data
+import shapes
 from evaluate import COLUMNS, composition, motion, motion_prompts, moving_prompts, only_in_pictures, prompts, sweep
 from judge import judge, judge_clip, look
 
 
 def scene_of(prompt, rng):
     """Draws what a prompt says, somewhere."""
-    things = data.sized(list(prompt.things), prompt.relation, rng)
-    return data.draw(data.place(things, prompt.relation, rng))
+    things = shapes.sized(list(prompt.things), prompt.relation, rng)
+    return shapes.draw(shapes.place(things, prompt.relation, rng))
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -30,18 +30,18 @@ def test_judge_is_right_on_true_pictures_and_near_chance_on_shuffled_ones(column
 
 def test_a_swapped_attribute_is_seen():
     """Binding: the same words with two colours exchanged are a wrong picture."""
-    a, b = data.Thing("circle", "red", "striped", "big", 0.3, 0.3, 0.15), data.Thing("star", "pink", x=0.7, y=0.7)
+    a, b = shapes.Thing("circle", "red", "striped", "big", 0.3, 0.3, 0.15), shapes.Thing("star", "pink", x=0.7, y=0.7)
     p = next(q for q in prompts("color", False, 1))
     p = replace(p, things=(a, b), relation=None)
-    good, swapped = look(data.draw([a, b])), look(data.draw([replace(a, colour="pink"), replace(b, colour="red")]))
+    good, swapped = look(shapes.draw([a, b])), look(shapes.draw([replace(a, colour="pink"), replace(b, colour="red")]))
     assert judge(good, p, "color") == 1 and judge(swapped, p, "color") == 0
     assert judge(swapped, p, "texture") == 0 and judge(good, p, "texture") == 1
-    other = look(data.draw([replace(a, texture="dotted"), b]))
+    other = look(shapes.draw([replace(a, texture="dotted"), b]))
     assert judge(other, p, "texture") == 0 and judge(other, p, "color") == 1 and judge(other, p, "complex") == 0
-    upside_down = look(data.draw([replace(a, y=0.7), replace(b, y=0.2, x=0.4)]))
+    upside_down = look(shapes.draw([replace(a, y=0.7), replace(b, y=0.2, x=0.4)]))
     above = replace(p, relation="above")
     assert judge(upside_down, above, "spatial") == 0 and judge(good, replace(p, relation="above"), "spatial") == 0
-    third = look(data.draw([a, b, data.Thing("cross", "blue", x=0.8, y=0.2)]))
+    third = look(shapes.draw([a, b, shapes.Thing("cross", "blue", x=0.8, y=0.2)]))
     assert judge(third, p, "color") == 0  # one thing too many
 
 
@@ -51,7 +51,7 @@ def test_prompts_are_fixed_and_keep_the_held_out_pairs_apart():
         assert seen == prompts(column, False, 50) and seen != prompts(column, False, 50, seed=1)
         assert not any(thing.unseen for p in seen for thing in p.things)
         assert all(any(thing.unseen for thing in p.things) for p in unseen)
-    assert not any(thing.unseen for things in data.Shapes(count=500).scenes for thing in things)
+    assert not any(thing.unseen for things in shapes.Shapes(count=500).scenes for thing in things)
 
 
 def true_clips(asked, backwards=False):
@@ -60,8 +60,8 @@ def true_clips(asked, backwards=False):
     for p in asked:
         scenes = None
         while scenes is None:
-            scenes = clips.random_path(data.sized(p.things, p.relation, rng), p.motions, p.relation, rng, 8)
-        made.append(np.stack([data.draw(scene) for scene in (scenes[::-1] if backwards else scenes)]))
+            scenes = clips.random_path(shapes.sized(p.things, p.relation, rng), p.motions, p.relation, rng, 8)
+        made.append(np.stack([shapes.draw(scene) for scene in (scenes[::-1] if backwards else scenes)]))
     return torch.from_numpy(np.stack(made)).permute(0, 1, 4, 2, 3)
 
 
@@ -76,13 +76,13 @@ def test_the_judge_of_clips_is_right_on_true_ones_and_sees_what_is_wrong():
     assert back["motion"] < 0.15 and back["motion_one"] == 0 and back["identity"] >= 0.99
     p = next(p for p in asked if p.motions == ("moving left",))
     clip = true_clips([p])[0].permute(0, 2, 3, 1).numpy()
-    other = data.draw([replace(thing, shape="cross" if thing.shape != "cross" else "star") for thing in look(clip[3])])
+    other = shapes.draw([replace(thing, shape="cross" if thing.shape != "cross" else "star") for thing in look(clip[3])])
     changed = clip.copy()
     changed[3] = other
     good, bad = judge_clip(clip, p.things, p.motions)[0], judge_clip(changed, p.things, p.motions)[0]
     assert good["identity"] == 1 and bad["identity"] == 7 / 8 and good["motion"] == bad["motion"] == 1
     jumped = clip.copy()  # one frame stands aside of the way
-    jumped[4] = data.draw([replace(thing, y=(thing.y + 0.5) % 1) for thing in look(clip[4])])
+    jumped[4] = shapes.draw([replace(thing, y=(thing.y + 0.5) % 1) for thing in look(clip[4])])
     assert judge_clip(jumped, p.things, p.motions)[0]["motion"] == 0
     noise = np.random.default_rng(0).normal(0, 20, clip.shape)
     noisy = judge_clip((clip + noise).clip(0, 255).astype(np.uint8), p.things, p.motions)[0]

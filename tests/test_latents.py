@@ -17,6 +17,7 @@ from test_published_text import byte_pairs, clip, save, t5  # noqa: F401 (byte_p
 import autoencoder as autoencoders
 import data
 import latents
+import shapes
 import train
 import weights
 from latents import LatentCache, check, fingerprint
@@ -38,9 +39,9 @@ def root(tmp_path_factory, byte_pairs):  # noqa: F811
     (root / "mini").mkdir()
     write_mini(mini, root / "mini")
     (root / "data").mkdir()
-    shapes = data.Shapes(32, count=COUNT)
-    for i, caption in enumerate(shapes.captions):
-        Image.fromarray(data.draw(shapes.scenes[i], 32)).save(root / "data" / f"{i}.png")
+    drawn = shapes.Shapes(32, count=COUNT)
+    for i, caption in enumerate(drawn.captions):
+        Image.fromarray(shapes.draw(drawn.scenes[i], 32)).save(root / "data" / f"{i}.png")
         (root / "data" / f"{i}.txt").write_text(caption + ", très joli" * (i % 3))
     return root
 
@@ -120,13 +121,13 @@ def test_the_cache_gives_what_encoding_in_every_step_gives(root, tmp_path, kind)
 
 @torch.no_grad()
 def test_shapes_are_not_mirrored_and_keep_their_group(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.Shapes, "__init__", few_shapes(data.Shapes.__init__))
+    monkeypatch.setattr(shapes.Shapes, "__init__", few_shapes(shapes.Shapes.__init__))
     cache = LatentCache(encode(root, tmp_path / "cache", "--data", "shapes", "--seed", "5"))
     assert (cache.group, cache.mirror, len(cache)) == (2, False, 6)
     assert np.load(tmp_path / "cache/00000.moments.npy").shape == (4, 1, 2, 4, 4, 4)
-    shapes = data.Shapes(32, seed=5)
-    assert cache.captions == shapes.captions
-    expected, tolerance = drawn(autoencoders.load(root / "vae"), from_bytes(shapes.pictures(range(6))), torch.zeros(()))
+    made = shapes.Shapes(32, seed=5)
+    assert cache.captions == made.captions
+    expected, tolerance = drawn(autoencoders.load(root / "vae"), from_bytes(made.pictures(range(6))), torch.zeros(()))
     for flips in (None, torch.ones(6, dtype=torch.long)):
         assert ((cache.read(range(6), flips) - expected).abs() <= tolerance).all()
     assert LatentCache(encode(root, tmp_path / "both", "--data", "shapes", "--mirror", "true")).mirror

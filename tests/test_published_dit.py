@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
 from PIL import Image
+from test_schedulers import p_sample_loop
 
 import published_dit
 import weights
 from autoencoder import Autoencoder, AutoencoderConfig
 from dit import GenTron, ModelConfig
 from published_dit import config_of, from_published, generate, load
-from test_schedulers import p_sample_loop
 
 HEADS = 2
 

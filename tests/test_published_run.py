@@ -3,15 +3,15 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from test_autoencoder import oracle
 from test_published_text import byte_pairs, clip, save, t5  # noqa: F401 (byte_pairs is a fixture)
 
-import data
 import sample
+import shapes
 import train
 import weights
 from pipeline import Pipeline
-from PIL import Image
 
 FLAGS = ["--steps", "2", "--batch-size", "4", "--image-size", "32"]
 CAPTIONS = ["a red circle", "a blue star", "a green cross above a pink square", "a big yellow triangle"]
@@ -25,7 +25,7 @@ def folders(tmp_path_factory, byte_pairs):  # noqa: F811
     oracle((8, 16, 16, 16), layers=1, norm_num_groups=4).save_pretrained(root / "vae")
     (root / "data").mkdir()
     for i, caption in enumerate(CAPTIONS):
-        Image.fromarray(data.Shapes(32, count=4).pictures([i])[0].permute(1, 2, 0).numpy()).save(root / "data" / f"{i}.png")
+        Image.fromarray(shapes.Shapes(32, count=4).pictures([i])[0].permute(1, 2, 0).numpy()).save(root / "data" / f"{i}.png")
         (root / "data" / f"{i}.txt").write_text(caption)
     return root
 

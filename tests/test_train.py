@@ -11,11 +11,11 @@ import torch.distributed.checkpoint as dcp
 
 import checkpoints
 import clips
-import data
 import evaluate
 import loop
 import recipes
 import sample
+import shapes
 import train
 import weights
 from dit import GenTron
@@ -31,11 +31,11 @@ def folder(tmp_path_factory):
     """A few pictures with captions, and an autoencoder trained on them for a moment."""
     path = tmp_path_factory.mktemp("train") / "data"
     path.mkdir()
-    shapes = data.Shapes(32, count=20)
+    drawn = shapes.Shapes(32, count=20)
     from PIL import Image
 
-    for i, caption in enumerate(shapes.captions):
-        Image.fromarray(shapes.pictures([i])[0].permute(1, 2, 0).numpy()).save(path / f"{i}.png")
+    for i, caption in enumerate(drawn.captions):
+        Image.fromarray(drawn.pictures([i])[0].permute(1, 2, 0).numpy()).save(path / f"{i}.png")
         (path / f"{i}.txt").write_text(caption)
     (path / "broken.png").write_bytes(b"\x89PNG no")
     (path / "broken.txt").write_text("broken")
@@ -146,11 +146,11 @@ def clip_folder(folder):
     image(folder, folder.parent / "image")
     path = folder.parent / "clips"
     path.mkdir()
-    shapes = clips.MovingShapes(32, count=4)
+    drawn = clips.MovingShapes(32, count=4)
     from PIL import Image
 
-    for i, caption in enumerate(shapes.captions):
-        frames = [Image.fromarray(frame) for frame in shapes.clips([i])[0].permute(0, 2, 3, 1).numpy()]
+    for i, caption in enumerate(drawn.captions):
+        frames = [Image.fromarray(frame) for frame in drawn.clips([i])[0].permute(0, 2, 3, 1).numpy()]
         frames[0].save(path / f"{i}.webp", save_all=True, append_images=frames[1:], duration=250, lossless=True)
         (path / f"{i}.txt").write_text(caption)
     (path / "broken.gif").write_bytes(b"GIF89a no")
