@@ -32,7 +32,7 @@ def written_out_attention(q, k, v, mask=None):
 def fused_attention(q, k, v, mask=None):
     """The same in one kernel that never stores the (L, M) weights. Arguments and result as above."""
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, L, d)
-    return x if mask is None else x * mask.any(dim=-1, keepdim=True)  # some kernels give queries with nothing to attend no 0
+    return x if mask is None else x * mask.any(dim=-1, keepdim=True)  # not all kernels give 0 to a query with nothing to attend
 
 
 def attention(q, k, v, mask=None):

@@ -314,10 +314,13 @@ def load(folder):
         raise ValueError(f"--autoencoder {folder}: no model.safetensors there; train one with `python train.py autoencoder`")
     tensors, metadata = weights.read(path)
     try:
-        model = build(json.loads(metadata["config"])["autoencoder"])
+        config = json.loads(metadata["config"])
+        model = build(config["autoencoder"])
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not an autoencoder of train.py: {' '.join(str(error).split())[:200]}") from None
+    if not config.get("finished", True):
+        raise ValueError(f"{path}: its training was stopped; go on with `python train.py autoencoder --resume` and its flags")
     return model
 
 

@@ -37,16 +37,20 @@ COLOURS = ("red", "orange", "green", "blue", "purple")  # the colours and textur
 TEXTURES = ("solid", "striped")
 
 
-def path(thing, motion, frames, rng):
-    """A place for a thing, and its place and radius in each frame: a list of F Things. What moves goes from one end of
-    the picture to the other, cell by cell."""
-    dx, dy, growth = MOTIONS[motion]
+def path(i, things, motions, relation, frames, rng):
+    """A place for thing i, and its place and radius in each frame: a list of F Things. What moves goes from one end of
+    the picture to the other, cell by cell. Along an axis in which it does not move, it stands in one cell, as in pictures
+    (`cells_of`). Where something moves sideways, an order from left to right cannot last: then it is from top to bottom."""
+    thing, (dx, dy, growth) = things[i], MOTIONS[motions[i]]
     sizes = list(SIZES.values())[::growth] if growth else [SIZES[thing.size]]
-    ways = [sizes]
-    for direction, share in zip((dx, dy), shapes.BOXES[thing.shape]):
-        cells = shapes.cells_for(share * max(sizes))
-        ways.append(cells[::direction] if direction else [rng.choice(cells)])
-    steps = ([way[round(i * (len(way) - 1) / (frames - 1))] for way in ways] for i in range(frames))  # 0 0 1 1 2 2 3 3
+    columns, rows = (shapes.cells_for(share * max(sizes)) for share in shapes.BOXES[thing.shape])
+    if relation not in RELATIONS and any(MOTIONS[motion][0] for motion in motions):
+        still_rows, still_columns = shapes.cells_of(i, things, relation, True, rows, columns)  # rows in the columns' place
+    else:
+        still_columns, still_rows = shapes.cells_of(i, things, relation, True, columns, rows)
+    x = columns[::dx] if dx else [rng.choice(still_columns)]
+    y = rows[::dy] if dy else [rng.choice(still_rows)]
+    steps = ([way[round(k * (len(way) - 1) / (frames - 1))] for way in (sizes, x, y)] for k in range(frames))  # 0 0 1 1 2 2 3 3
     return [replace(thing, r=r, x=x, y=y) for r, x, y in steps]
 
 
@@ -60,7 +64,7 @@ def random_path(things, motions, relation, rng, frames, tries=300):
     """Places for things such that in every frame all are inside and apart and the relation, if any, is clear between
     the two: a list of F lists of Things; None if no try gives that."""
     for _ in range(tries):
-        paths = [path(thing, motion, frames, rng) for thing, motion in zip(things, motions)]
+        paths = [path(i, things, motions, relation, frames, rng) for i in range(len(things))]
         scenes = [list(scene) for scene in zip(*paths)]
         if all((len(scene) < 2 or apart(*scene)) and (not relation or shapes.clear(relation, *scene)) for scene in scenes):
             return scenes
@@ -117,7 +121,8 @@ class MovingShapes:
         rng = np.random.default_rng((self.seed, i // 2))
         blur = ImageFilter.GaussianBlur(rng.uniform(0.004, 0.01) * self.size)
         frames = np.stack([np.asarray(Image.fromarray(shapes.draw(scene, self.size)).filter(blur)) for scene in self.scenes[i]])
-        return (frames + rng.normal(0, 5, frames.shape)).round().clip(0, 255).astype(np.uint8)
+        noise = rng.normal(0, 5, frames.shape)
+        return (frames + (noise[::-1] if i % 2 else noise)).round().clip(0, 255).astype(np.uint8)
 
 
 def random_scene(rng, number):

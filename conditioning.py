@@ -26,8 +26,8 @@ def masked_mean(text, mask):
 
 
 def modulate(x, shift, scale):
-    """adaLN: x (B, N, D) scaled and shifted alike at every position, shift and scale (B, 1, D)."""
-    return x * (1 + scale) + shift  # (B, N, D)
+    """adaLN: x (B, F, N, D) scaled and shifted alike at every position, shift and scale (B, F or 1, 1, D)."""
+    return x * (1 + scale) + shift  # (B, F, N, D)
 
 
 def last_word(text, mask):

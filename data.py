@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from shapes import Shapes
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def open_picture(path, size):
@@ -56,12 +55,13 @@ def read_captions(folder, candidates):
                 yield f"{listing}, line {number}", ValueError(f'not {{"file": …, "caption": …}} in UTF-8 ({error})')
         return
     for path in candidates:
+        text = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
         try:
-            yield path, path.with_suffix(".txt").read_text(encoding="utf-8")
+            yield path, text.read_text(encoding="utf-8")
         except FileNotFoundError:
-            yield path, ValueError(f"no caption: {path.with_suffix('.txt').name} is missing")
+            yield path, ValueError(f"no caption: {text.name} is missing")
         except UnicodeDecodeError:
-            yield path, ValueError(f"{path.with_suffix('.txt').name} is not UTF-8")
+            yield path, ValueError(f"{text.name} is not UTF-8")
 
 
 def read_folder(folder, candidates, read, flag, what):

@@ -26,6 +26,11 @@ def beside(values, x):
     return values.view(*values.shape, *[1] * (x.ndim - values.ndim))
 
 
+def on(table, device):
+    """A table in float64, on a device; in float32 where that has no float64 (Apple's)."""
+    return table.float().to(device) if device.type == "mps" else table.to(device)
+
+
 def gaussian(shape, generators):
     """Unit Gaussian noise (B, *shape), each sample's from a generator of its own."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -63,7 +68,7 @@ class Diffusion:
     def alpha_sigma(self, t, like):
         """α_t and σ_t of timesteps t (B,), shaped (B, 1, 1, 1), or (B, F), shaped (B, F, 1, 1, 1), in the dtype and on the
         device of `like`."""
-        alpha_bar = beside(self.alpha_bar.to(t.device)[t], like)
+        alpha_bar = beside(on(self.alpha_bar, t.device)[t], like)
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
     def add_noise(self, x0, noise, t):
@@ -85,16 +90,16 @@ class Diffusion:
             return alpha * x - sigma * output, sigma * x + alpha * output
         return output, (x - alpha * output) / sigma
 
-    def random_timesteps(self, shape, generator=None, device=None):
+    def random_timesteps(self, shape, generator=None):
         """Integers of a shape, as (B,), uniform before the shift."""
-        u = torch.rand(shape, generator=generator, device=device)
+        u = torch.rand(shape, generator=generator)
         u = self.shift * u / (1 + (self.shift - 1) * u)
         return (u * self.steps).long().clamp(max=self.steps - 1)
 
     def timesteps(self, count):
-        """`count` timesteps for sampling, falling from steps-1, evenly spaced before the shift. "trailing" (Lin et al.
-        2023) ends one stride before the clean latent; "even" ends at 0, so that the last step is the shortest there is
-        (improved-diffusion and DiT). ValueError unless 1 ≤ count ≤ steps."""
+        """`count` timesteps for sampling (fewer, if the shift brings some together), falling from steps-1, evenly spaced
+        before the shift. "trailing" (Lin et al. 2023) ends one stride before the clean latent; "even" ends at 0, so that
+        the last step is the shortest there is (improved-diffusion and DiT). ValueError unless 1 ≤ count ≤ steps."""
         if not 1 <= count <= self.steps:
             raise ValueError(f"{count} sampling steps asked for, 1 to {self.steps} are possible")
         even = self.spacing == "even"
@@ -103,9 +108,8 @@ class Diffusion:
         else:
             u = torch.arange(count, 0, -1, dtype=torch.float64) / count
         u = self.shift * u / (1 + (self.shift - 1) * u)
-        if even:
-            return (u * (self.steps - 1)).round().long().tolist()
-        return ((u * self.steps).round().long() - 1).clamp(min=0).tolist()
+        times = (u * (self.steps - 1)).round() if even else (u * self.steps).round() - 1
+        return list(dict.fromkeys(times.long().clamp(min=0).tolist()))
 
     def loss(self, model, x0, t, noise):
         """Per-sample loss (B,) of model(x, t) on clean latents x0 (B, C, h, w) with timesteps t (B,) and noise like x0.
@@ -124,7 +128,7 @@ class Diffusion:
     def reverse_step(self, x0, x, t, s):
         """Mean (B, C, h, w) and the two bounds of the log-variance of q(x_s | x_t, x_0), s < t (Ho et al., equations 6
         and 7, for any pair of timesteps; s = -1 is the clean latent). The bounds are log β̃ and log β."""
-        alpha_bar = torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)]).to(x.device)  # index -1 is the clean end
+        alpha_bar = on(torch.cat([self.alpha_bar, self.alpha_bar.new_ones(1)]), x.device)  # index -1 is the clean end
         now, then = (beside(alpha_bar[i], x) for i in (t, s))
         beta = 1 - now / then
         mean = (then.sqrt() * beta / (1 - now)).to(x) * x0 + ((1 - beta).sqrt() * (1 - then) / (1 - now)).to(x) * x

@@ -8,8 +8,9 @@ other and at the text, and a linear layer turns every token back into a patch:
 Of a clip, x (B, F, C, h, w), self-attention is each frame's own; cross-attention sees all its F·N tokens in a row, for it
 has one text; and the temporal layers (temporal.py) link the frames. A picture is a clip of one frame.
 
-Every block is written x ← x + gate · branch(adaLN(x)), with shift, scale and gate computed from c, which holds the
-time and the pooled condition. Gates start at zero (adaLN-Zero), so a new block is the identity.
+Self-attention and MLP are written x ← x + gate · branch(adaLN(x)), with shift, scale and gate computed from c, which holds
+the time and the pooled condition. Gates start at zero (adaLN-Zero), and so do the outputs of the other branches: a new block
+is the identity.
 
 Letters: B batch, F frames, N image tokens a frame, L text tokens, D width, H heads, C latent channels, P patch, E text width;
 x noisy latent, t timestep, c the adaLN vector.

@@ -78,8 +78,7 @@ class Flops(TorchDispatchMode):
 def flash(q, k, v, mask=None):
     """Fused attention on the meta device, where torch would fall back to the written-out one and count its (L, M)."""
     if mask is not None:
-        mask = torch.empty(*q.shape[:-1], k.shape[-2], dtype=q.dtype, device=q.device)
-        mask = mask[:, :1]  # one for all heads
+        mask = torch.empty(len(q), 1, q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device)  # one for all heads
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)[0]
 
 

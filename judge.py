@@ -41,7 +41,7 @@ def name_colour(pixels):
 def look(picture):
     """What is in a picture? (S, S, 3) uint8 → a list of Things, from pixels alone.
 
-    Background: the commonest colour at the border. Foreground: what differs from it, in connected regions of some size.
+    Background: the median colour of the border. Foreground: what differs from it, in connected regions of some size.
     Colour: the nearest name to a region's inner pixels. Shape: the outline that fits its silhouette best. Texture:
     the pattern that fits its brightness best. Size: by area.
     """

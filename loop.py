@@ -100,7 +100,8 @@ class Log:
 
             self.events = SummaryWriter(folder, purge_step=step)
         lines = self.path.read_text().splitlines() if step and self.path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= step]
+        whole = (line for line in lines if line.endswith("}"))  # a full disk cuts the last one
+        self.rows = [row for row in map(json.loads, whole) if row["step"] <= step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def __call__(self, **row):

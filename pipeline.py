@@ -6,6 +6,7 @@ stay as they are. A run's model.safetensors holds everything but published encod
 """
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -144,7 +145,8 @@ def device_of(name="auto"):
     """torch.device: cuda, else mps, else cpu, unless named. ValueError if this machine does not have the named one.
     For a CPU it also allows fp32 products to run in oneDNN, which on many is twice as fast as the default library."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of this process on its machine
+        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):

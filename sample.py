@@ -4,7 +4,7 @@
     python sample.py --frames 8 --lambda-t 7.5 --lambda-m 1.2 "a red circle moving left"
     python sample.py --prompts color_val.txt --per-prompt 10 --out color
 
-reads the newest run (or --checkpoint DIR) and writes a picture, or a grid with captions, to samples.png; for clips, with
+reads the newest run (or --checkpoint DIR) and writes a grid of pictures with their captions to samples.png; for clips, with
 --frames, an animation to samples.gif (--out FILE.webp or .mp4) and all its frames to samples.png.
 
 --prompts reads one prompt a line (as T2I-CompBench's lists have them) or a table with tabs and a column "Prompt" (as
@@ -33,7 +33,7 @@ def newest_run(stage="image"):
     """The folder of the run whose model was written last. ValueError if there is none."""
     found = sorted(Path("runs").glob(f"{stage}*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError("no run found in runs/: train one with `python train.py image`, or name one: --checkpoint DIR")
+        raise ValueError(f"no run found in runs/: train one with `python train.py {stage}`, or name one: --checkpoint DIR")
     return found[-1].parent
 
 
@@ -151,6 +151,8 @@ def main(arguments):
     out = Path(config.out or ("samples" if many else "samples.gif" if clips else "samples.png"))
     if clips and out.suffix not in ("", *pictures.ANIMATED):
         raise ValueError(f"--out {out}: clips are written as {', '.join(pictures.ANIMATED)}")
+    if not clips and not many and out.suffix not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: no kind of picture; call it NAME.png")
     for prompt in prompts:
         if unknown := model.unknown_words(prompt):
             print(f'note: in "{prompt}" no training caption had: {", ".join(unknown)}', file=sys.stderr)

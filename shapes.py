@@ -1,8 +1,10 @@
 """Captioned pictures drawn here: one to three shapes with colour, texture, size and position.
 
 A *thing* is one shape. Things get places such that what the caption says is true (`place`), are drawn anti-aliased (`draw`)
-and described in one of several wordings (`describe`); `Shapes` is the data set of such scenes. Certain pairs of colour and
-shape, and of texture and shape, never occur in training, so that a model can be asked for what it has never seen.
+and described in one of several wordings (`describe`); `Shapes` is the data set of such scenes. A caption tells where things
+stand: by its relation, by words of place, or, without either, by its order, in which what is named first stands further to
+the left. So little is left to chance. Certain pairs of colour and shape, and of texture and shape, never occur in training, so
+that a model can be asked for what it has never seen.
 """
 import functools
 import itertools
@@ -147,24 +149,47 @@ def clear(relation, a, b):
     return holds(relation, a, b) and (relation not in RELATIONS or 3 * across < along + 0.01)
 
 
-def place(things, relation, rng):
+def cells_of(i, things, relation, ordered, columns, rows):
+    """Which of the columns and rows of cells thing i may stand in. Of two things in a spatial relation: at opposite ends, in
+    the middle across; of a third beside them: at a side. Otherwise from left to right as the things are named (three things, on
+    four columns, may share one). Not ordered: at opposite ends, or anywhere."""
+    if relation in RELATIONS:
+        upright = relation in ("above", "below")
+        along, across = (rows, columns) if upright else (columns, rows)
+        if i < 2:
+            first = (i == 0) == (relation in ("above", "left of"))
+            along = along[:1] if first else along[-1:]
+        if ordered:
+            across = middle(across) if i < 2 else across[:1] + across[-1:]
+        return (across, along) if upright else (along, across)
+    if ordered and len(things) == 2:
+        half = len(columns) // 2
+        columns = columns[half:] if i else columns[:half]
+    if ordered and len(things) == 3:
+        columns = (columns[:1], middle(columns), columns[-1:])[i]
+    return columns, rows
+
+
+def middle(cells):
+    """The centres of the two cells in the middle."""
+    return [c for c in cells if abs(c - 0.5) < 1 / CELLS]
+
+
+def place(things, relation, rng, ordered=True):
     """Gives things places (and radii, by their size) so that their boxes stay apart and `relation`, if any, holds
     between the first two. Returns the placed things. They stand in the middle of cells, CELLS a side, where their
-    points may reach a little past the picture; two things in a spatial relation stand at opposite ends, nearly in line.
-    Both make few different pieces of picture, and words of place that tell much, which is what lets a laptop learn
-    them in minutes. Scenes that do not fit in 40 tries become a little smaller with every further one."""
+    points may reach a little past the picture; in which of them, the caption tells (`cells_of`), or, if it is to be made
+    of words of place afterwards (not ordered), chance. That makes few different pieces of picture, and few places that two
+    things could both take, which is what lets a laptop learn in minutes. Three that do not fit in
+    20 tries are no more ordered; scenes that do not fit in 40 become a little smaller with every further one."""
     for attempt in itertools.count():
         shrink = min(1.0, 0.995 ** (attempt - 40))
+        ordered = ordered and (len(things) < 3 or attempt < 20)
         placed = []
         for i, thing in enumerate(things):
             r = SIZES[thing.size] * shrink
             width, height = (share * r for share in BOXES[thing.shape])
-            columns, rows = cells_for(width), cells_for(height)
-            end = slice(1) if (i == 0) == (relation in ("above", "left of")) else slice(-1, None)  # the first cell, or the last
-            if relation in ("above", "below") and i < 2:
-                rows = rows[end]
-            if relation in ("left of", "right of") and i < 2:
-                columns = columns[end]
+            columns, rows = cells_of(i, things, relation, ordered, cells_for(width), cells_for(height))
             for _ in range(8):
                 x, y = rng.choice(columns), rng.choice(rows)
                 if all(
@@ -200,35 +225,34 @@ def where(thing, rng):
     return " on the left" if thing.x < 0.5 else " on the right"
 
 
-def describe(things, relation, rng, places=0.0):
-    """A caption in one of several wordings. A relation is between the first two; a third follows with "and". Without a
-    relation, this share of the things (which must then be placed) is said to be at the top, on the left, …"""
+def describe(things, relation, rng, places=False):
+    """A caption in one of several wordings. A relation is between the first two; a third follows with "and". With places,
+    things (which must then be placed, and in no relation) are said to be at the top, on the left, …"""
     names = [noun(thing, size=relation not in COMPARISONS) for thing in things]
     if relation:
-        if rng.random() < 0.3:
+        if relation in RELATIONS and rng.random() < 0.3:
             names[:2], relation = names[1::-1], OPPOSITE[relation]
         relation = "to the " + relation if "of" in relation and rng.random() < 0.3 else relation
         text = f"{names[0]} {relation} {names[1]}" + (f" and {names[2]}" if names[2:] else "")
     else:
-        names = [name + (where(thing, rng) if rng.random() < places else "") for name, thing in zip(names, things)]
+        names = [name + (where(thing, rng) if places else "") for name, thing in zip(names, things)]
         joint = rng.choice([" and ", " and ", " and ", " with ", " next to "]) if len(names) == 2 else " and "
         text = ", ".join([*names[:-2], joint.join(names[-2:])])
     return rng.choice(["", "", "", "", "there is ", "a picture of "]) + text
 
 
-def mirrored(things, relation, rng):
-    """The scene with everything on the other side (of the axis that a spatial relation is about, else of either), and
-    the relation that then holds."""
-    if relation in ("above", "below") or relation not in RELATIONS and rng.random() < 0.5:
-        things = [replace(thing, y=1 - thing.y) for thing in things]
-    else:
-        things = [replace(thing, x=1 - thing.x) for thing in things]
+def mirrored(things, relation, ordered, rng):
+    """The mirror image of a scene, and the relation that then holds. Left and right are swapped if the relation is about
+    them, and in half of the scenes whose caption has words of place (not ordered); in all others above and below, which
+    keeps the order from left to right."""
+    sideways = relation in ("left of", "right of") or not ordered and rng.random() < 0.5
+    things = [replace(thing, x=1 - thing.x) if sideways else replace(thing, y=1 - thing.y) for thing in things]
     return things, OPPOSITE[relation] if relation in RELATIONS else relation
 
 
 class Shapes:
     """count (an even number of) scenes; 2k and 2k+1 are mirror images, drawn from (seed, k) alone, when they are asked
-    for. Their captions differ in the words of place only. Side by side in a batch, at one timestep, they cancel what
+    for. Their captions differ in the words of place, if they have any. Side by side in a batch, at one timestep, they cancel what
     chance placement adds to the gradient, and leave what those words do. No scene has a held-out pair of attributes."""
 
     skipped = ()
@@ -239,18 +263,18 @@ class Shapes:
         self.scenes, self.captions = [], []
         for k in range(count // 2):
             rng = random.Random(f"{seed} {k}")
-            things = [random_thing(rng) for _ in range(rng.choice([1, 2, 2, 2, 2, 2, 3, 3]))]
+            things = [random_thing(rng) for _ in range(rng.choice([1, 2, 2, 2, 2, 3, 3, 3]))]
             relation = None
             if len(things) > 1 and rng.random() < 0.7:
                 relation = rng.choice(RELATIONS if rng.random() < 0.75 else COMPARISONS)
             things = sized(things, relation, rng)
             if sum(thing.size == "big" for thing in things) == 3:
                 things[2] = replace(things[2], size="small")  # three big ones hardly fit
-            things, wording = place(things, relation, rng), rng.random()
-            for things, relation in ((things, relation), mirrored(things, relation, rng)):
+            told = relation is None and len(things) < 3 and rng.random() < 0.4  # the caption says where all stand
+            things, wording = place(things, relation, rng, not told), rng.random()
+            for things, relation in ((things, relation), mirrored(things, relation, not told, rng)):
                 self.scenes.append(things)
-                places = 0.4 if len(things) < 3 else 0.0
-                self.captions.append(describe(things, relation, random.Random(wording), places))
+                self.captions.append(describe(things, relation, random.Random(wording), told))
 
     def __len__(self):
         return len(self.captions)

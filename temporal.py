@@ -13,7 +13,7 @@ The paper states no frame positions, and attention without them cannot tell a cl
 the frame's number, enter twice: added to what the attention reads, and through an MLP (also zero at the start) added to
 the adaLN vector, where they meet the pooled text: "moving left" means one thing in the first frame and the opposite in
 the last, and from the attention alone a short training does not learn that. Under the motion-free mask there are none:
-a picture is no frame number so and so.
+a picture has no place in a clip.
 
 Letters: B clips, F frames, N tokens a frame, D width. Masks: True = attend.
 """

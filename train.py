@@ -27,7 +27,7 @@ import pictures
 import weights
 from autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from diffusion import gaussian
-from dit import ModelConfig, initialise
+from dit import SIZES, ModelConfig, initialise
 from latents import LatentCache
 from loop import Ahead, batch_indices, computing_dtype, fit, generator_of, row_generators
 from pipeline import NULL_TOKENS, POOLING, READERS, Pipeline, device_of, from_bytes, to_bytes, words_of
@@ -78,13 +78,13 @@ def train_autoencoder(config):
             images = torch.stack([check[:8], model.decode(model.encode(check[:8]))]).flatten(0, 1)
         return pictures.grid(to_bytes(images).cpu(), columns=8)
 
-    def save(state):
-        metadata = dict(config=json.dumps(describe(config, autoencoder=vars(model.config))))
+    def save(state, finished=False):
+        metadata = dict(config=json.dumps(describe(config, autoencoder=vars(model.config), finished=finished)))
         weights.write(f"{config.out}/model.safetensors", state, metadata)
 
     log = fit(config, model, read, batch_loss, preview, save)
     model.calibrate(batch(batch_indices(0, len(dataset.captions), 512, config.seed)))
-    save(model.state_dict())
+    save(model.state_dict(), finished=True)
     check_scale(model.encode(check))
     quality = psnr(model, check)
     log(step=config.steps, psnr=quality)
@@ -135,7 +135,7 @@ def new_image_model(config, dataset):
             raise ValueError(f"--autoencoder {config.autoencoder}: neither a run nor a published folder")
         print(f"no autoencoder in {config.autoencoder} yet: training one first")
         flags = ["--data", config.data, "--image-size", str(config.image_size), "--out", config.autoencoder,
-                 "--seed", str(config.seed), "--device", config.device]  # fmt: skip
+                 "--seed", str(config.seed), "--device", config.device, "--latent-channels", str(config.latent_channels)]  # fmt: skip
         train_autoencoder(read_flags("autoencoder", flags))
     autoencoder = autoencoders.load(config.autoencoder)
     of_clips = clips.MovingShapes(count=500).captions if config.data == "shapes" else []  # train.py video has words too
@@ -155,14 +155,29 @@ def new_image_model(config, dataset):
     return model
 
 
+def with_words(words, captions):
+    """The words of a run's captions, and of more; none if the first are not known."""
+    return sorted({*words, *(word for caption in captions for word in words_of(caption))}) if words else []
+
+
+def image_run(config):
+    """The Pipeline of the run that --init names. ValueError if it is of another --size, or of clips already."""
+    model = Pipeline.load(config.init, clip=config.clip, t5=config.t5)
+    if model.transformer.config.temporal:
+        raise ValueError(f"--init {config.init}: is a video model")
+    shape = lambda c: (c.depth, c.width, c.heads)
+    if (found := shape(model.transformer.config)) != shape(ModelConfig.of(config.size)):
+        size = next((name for name in SIZES if shape(ModelConfig.of(name)) == found), "another")
+        raise ValueError(f"--size {config.size}: the model in {config.init} is of size {size}")
+    return model
+
+
 def continued_image_model(config, dataset):
     """The model of the run that --init names, for other pictures or another size of them: a grid of positions is computed
     for whatever size there is."""
-    start = Pipeline.load(config.init, clip=config.clip, t5=config.t5)
-    if start.transformer.config.temporal:
-        raise ValueError(f"--init {config.init}: is a video model")
+    start = image_run(config)
     parts = {name: part for name, part in start.config.items() if name not in ("flags", "image_size", "words")}
-    words = sorted({*start.config["words"], *(word for text in some_captions(dataset, 100_000) for word in words_of(text))})
+    words = with_words(start.config["words"], some_captions(dataset, 100_000)) if len(dataset) <= 100_000 else []
     start.config = describe(config, words=words, **parts)
     return start.train()
 
@@ -285,7 +300,9 @@ def train_video(config):
     """Joint image–video training (paper, section 3.3). With probability p_motion_free a sample is a picture, repeated
     F times under the motion-free mask, else a clip; captions are dropped independently of that, so that all that
     guidance asks for is trained: text and motion, motion alone, neither."""
-    image = Pipeline.load(config.init, clip=config.clip, t5=config.t5)
+    if config.cache or any(Path(config.data).glob("*.tar")):
+        raise ValueError("train.py video takes its pictures from shapes or a folder, not from tar shards or a cache")
+    image = image_run(config)
     if image.config["image_size"] != config.image_size:
         raise ValueError(f"--image-size {config.image_size}: the image model in {config.init} has {image.config['image_size']}")
     films = clips.load(config.clips, config.image_size, config.frames, config.fps, config.seed)
@@ -293,7 +310,7 @@ def train_video(config):
     if films.held:
         print(f"{films.held} of {len(films.captions)} clips are shorter than {config.frames} frames: their last one is held")
     stills = data.load(config.data, config.image_size, config.seed)
-    words = sorted({*image.config["words"], *(word for caption in films.captions for word in words_of(caption))})
+    words = with_words(image.config["words"], films.captions)
     parts = {name: image.config[name] for name in ("text", "published", "autoencoder", "diffusion") if name in image.config}
     # mini's few frames stand further apart in the positions' sinusoids, as its tokens do
     changes = dict(temporal=True, frame_step=min(2.0, image.config["model"]["position_step"]))

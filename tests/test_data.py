@@ -41,11 +41,37 @@ def test_scenes_are_true_to_their_captions_and_inside_the_picture():
                     axis, half = ("y", 1) if relation in ("above", "below") else ("x", 0)
                     for thing, end in zip(sorted(things[:2], key=lambda thing: getattr(thing, axis)), (0, -1)):
                         assert getattr(thing, axis) == shapes.cells_for(shapes.BOXES[thing.shape][half] * thing.r)[end], caption
+                        across = getattr(thing, "xy".replace(axis, ""))
+                        assert abs(across - 0.5) < 0.25 or len(things) == 3, caption  # in the middle, where there is room for it
         for thing in things:
             width, height = (share * thing.r for share in shapes.BOXES[thing.shape])
             for half, centre in ((width, thing.x), (height, thing.y)):
                 assert half - 0.03 <= centre <= 1.03 - half and 4 * centre % 1 == 0.5  # in the middle of a cell
             assert thing.colour in caption and thing.shape in caption and not thing.unseen
+
+
+def test_captions_tell_where_things_stand():
+    """By words of place, which are true of all things; or from left to right. Mirror images keep to it."""
+    drawn, told, inorder = shapes.Shapes(count=600, seed=4), 0, []
+    words = {" at the top": ("y", -1), " at the bottom": ("y", 1), " on the left": ("x", -1), " on the right": ("x", 1)}
+    for k, (things, caption) in enumerate(zip(drawn.scenes, drawn.captions)):
+        if any(f" {relation} " in caption for relation in shapes.RELATIONS):
+            continue
+        found = [word for word in words if word in caption]
+        if found:
+            told += 1
+            rest = caption
+            for thing in things:  # each name is followed by its words
+                rest = rest.split(shapes.noun(thing), 1)[1]
+                axis, side = next(words[word] for word in words if rest.startswith(word))
+                assert (getattr(thing, axis) - 0.5) * side > 0, caption
+        else:
+            assert len(things) != 2 or things[0].x < things[1].x, caption
+            if len(things) == 3:
+                inorder.append(things[0].x <= things[1].x <= things[2].x)
+        if k % 2 and not found:  # the mirror image of the scene before
+            assert [(t.x, 1 - t.y) for t in things] == [(t.x, t.y) for t in drawn.scenes[k - 1]] and caption == drawn.captions[k - 1]
+    assert 40 < told < 160 and len(inorder) > 40 and 0.8 < np.mean(inorder) < 1  # three do not always have room
 
 
 def test_a_clear_relation_stays_true_if_a_thing_two_away_is_drawn_a_cell_aside():

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -148,6 +149,17 @@ def test_shift_moves_training_and_sampling_to_noise():
     assert (t > 0.8).double().mean().item() == pytest.approx(0.5, abs=0.02)  # u = 1/2 goes to 4/5
     with pytest.raises(ValueError, match="0 sampling steps"):
         plain.timesteps(0)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "even"])
+def test_timesteps_that_a_shift_brings_together_are_taken_once(spacing):
+    """Twice the same would make a step of no length, and a division by it."""
+    diffusion = Diffusion(shift=6.0, spacing=spacing)
+    times = diffusion.timesteps(300)
+    assert 250 < len(times) < 300 and all(a > b for a, b in itertools.pairwise(times)) and times[0] == 999
+    model = gaussian_model(diffusion, MEAN, COVARIANCE)
+    for sampler in SAMPLERS.values():
+        assert sampler(model, diffusion, torch.randn(3, 2, 1, 1).double(), 300, [torch.Generator() for _ in range(3)]).isfinite().all()
 
 
 def toy(x, t, *, text, dropped):

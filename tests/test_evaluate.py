@@ -112,6 +112,11 @@ def test_prompts_of_clips_are_fixed_and_half_of_them_are_of_what_only_pictures_h
     assert all(len(moving_prompts(column, 20)) == 20 for column in COLUMNS)
 
 
+def test_few_prompts_of_clips_have_scores_too():
+    blank = lambda texts: torch.full((len(texts), 2, 3, 64, 64), 250, dtype=torch.uint8)
+    assert motion(blank, 5)["identity"] == 0.0
+
+
 def test_scores_of_a_perfect_and_of_a_blank_generator():
     by_text = {p.text: p for c in COLUMNS for u in (False, True) for p in prompts(c, u, 5)}
     def perfect(texts):

@@ -141,6 +141,13 @@ def test_kl_is_that_of_two_gaussians():
     torch.testing.assert_close(with_kl - without, kl)
 
 
+def test_what_cannot_be_written_is_said_before_anything_is_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pipeline, "generate", None)
+    for name in ("x", "x.foo"):
+        with pytest.raises(ValueError, match=f"--out .*{name}: no kind of picture; call it NAME.png"):
+            sample.main(["a star", "--checkpoint", str(run), "--out", str(tmp_path / name)])
+
+
 def test_lists_of_prompts_become_the_folder_that_t2i_compbench_reads(run, tmp_path, monkeypatch):
     """PROMPT_NUMBER.png, numbered on from prompt to prompt; in shares, and going on where it stopped."""
     table = tmp_path / "parti.tsv"

@@ -219,6 +219,36 @@ def test_the_mask_and_the_captions_are_dropped_independently(folder, clip_folder
     assert seen == {(f, d) for f in (True, False) for d in (True, False)}
 
 
+def test_what_a_run_starts_from_must_fit(folder, clip_folder, tmp_path, monkeypatch):
+    image(folder, tmp_path / "image")
+    with pytest.raises(ValueError, match="--size S: the model in .*image is of size mini"):
+        image(folder, tmp_path / "more", "--init", str(tmp_path / "image"), "--size", "S")
+    video(folder, clip_folder, tmp_path / "video")
+    with pytest.raises(ValueError, match="--init .*video: is a video model"):
+        video(folder, clip_folder, tmp_path / "more", "--init", str(tmp_path / "video"))
+    with pytest.raises(ValueError, match="not from tar shards or a cache"):
+        video(folder, clip_folder, tmp_path / "more", "--cache", str(tmp_path))
+    assert train.with_words(["a"], ["b c"]) == ["a", "b", "c"] and train.with_words([], ["b c"]) == []  # [] is: not known
+
+
+def test_an_autoencoder_whose_training_was_stopped_is_not_used(folder, tmp_path, monkeypatch):
+    stopped = tmp_path / "ae"
+    flags = "autoencoder", folder, stopped, *TINY
+    interrupted_in_the_fifth_step(monkeypatch, lambda: run(*flags))
+    with pytest.raises(ValueError, match="its training was stopped; go on with `python train.py autoencoder --resume`"):
+        run("image", folder, tmp_path / "image", "--autoencoder", str(stopped), *TINY)
+    run(*flags, "--resume")
+    run("image", folder, tmp_path / "image", "--autoencoder", str(stopped), *TINY)
+
+
+def test_a_log_that_a_full_disk_cut_does_not_keep_a_run_from_going_on(folder, tmp_path):
+    image(folder, tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(log.read_text().rstrip()[:-20])
+    image(folder, tmp_path, "--resume")
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2, 4]
+
+
 def test_a_share_of_the_clips_has_a_timestep_a_frame(folder, clip_folder, tmp_path, monkeypatch):
     seen = []
     real = GenTron.forward
