@@ -100,7 +100,7 @@ class MovingShapes:
         self.scenes, self.captions = [], []
         for k in range(count // 2):
             rng = random.Random(f"clip {seed} {k}")
-            number, scenes = rng.choice((1, 2)), None
+            number, scenes = rng.choice((1, 2, 2)), None
             while scenes is None:
                 things, motions, relation = random_scene(rng, number)
                 scenes = random_path(things, motions, relation, rng, frames, tries=50)  # some scenes no try would give
