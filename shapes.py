@@ -178,10 +178,10 @@ def middle(cells):
 def place(things, relation, rng, ordered=True):
     """Gives things places (and radii, by their size) so that their boxes stay apart and `relation`, if any, holds
     between the first two. Returns the placed things. They stand in the middle of cells, CELLS a side, where their
-    points may reach a little past the picture; in which of them, the caption tells (`cells_of`), or, if it is to be made
-    of words of place afterwards (not ordered), chance. That makes few different pieces of picture, and few places that two
-    things could both take, which is what lets a laptop learn in minutes. Three that do not fit in
-    20 tries are no more ordered; scenes that do not fit in 40 become a little smaller with every further one."""
+    points may reach a little past the picture. In which cells, the order of the caption tells (`cells_of`); not ordered,
+    chance does, and words of place are to say it. That makes few different pieces of picture, and few places that two
+    things could both take, which is what lets a laptop learn in minutes. Three that do not fit in 20 tries are no longer
+    ordered; scenes that do not fit in 40 become a little smaller with every further one."""
     for attempt in itertools.count():
         shrink = min(1.0, 0.995 ** (attempt - 40))
         ordered = ordered and (len(things) < 3 or attempt < 20)
