@@ -234,7 +234,9 @@ def fit(config, model, read, batch_loss, preview, save):
     if config.resume or restarted:
         first = checkpoints.load(folder, config, trained, ema, optimizers)
     log, rate = Log(folder, first), matmul_rate(device, dtype)
-    with dryrun.Flops() as counter:  # on a step of its own: counting may change the last bits of a result
+    # on a step of its own: counting may change the last bits of a result; uncompiled: what is met first while a mode is on
+    # would never be compiled
+    with torch.compiler.set_stance("force_eager"), dryrun.Flops() as counter:
         losses_of(first, 0)[0].mean().backward()
     flops = counter.total * config.accumulate  # with --checkpointing, what is computed twice counts twice
     model.zero_grad(set_to_none=True)
