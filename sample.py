@@ -151,7 +151,7 @@ def main(arguments):
     out = Path(config.out or ("samples" if many else "samples.gif" if clips else "samples.png"))
     if clips and out.suffix not in ("", *pictures.ANIMATED):
         raise ValueError(f"--out {out}: clips are written as {', '.join(pictures.ANIMATED)}")
-    if not clips and not many and out.suffix not in Image.registered_extensions():
+    if not clips and not many and Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {out}: no kind of picture; call it NAME.png")
     for prompt in prompts:
         if unknown := model.unknown_words(prompt):

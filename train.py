@@ -10,6 +10,7 @@ stages share is loop.py; under torchrun many processes share the work (distribut
 """
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -189,6 +190,8 @@ def place(model, config):
     dtype = computing_dtype(config.precision, device)
     model.transformer.checkpointing = config.checkpointing
     if config.compile:
+        if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise ValueError("--compile: needs a C++ compiler; on Debian: apt-get install g++")
         for block in model.transformer.blocks:
             block.compile()
     for part in (model.transformer, *model.text_encoders):

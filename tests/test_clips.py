@@ -40,6 +40,20 @@ def test_clips_are_true_to_their_captions():
                 ), caption
 
 
+def test_what_does_not_move_along_an_axis_stands_in_the_order_of_the_caption():
+    """From left to right; where something moves sideways, from top to bottom. A relation goes before."""
+    drawn, seen = clips.MovingShapes(count=600, seed=2), {"x": 0, "y": 0}
+    for scenes, caption in zip(drawn.scenes, drawn.captions):
+        if len(scenes[0]) < 2 or any(f" {relation} " in caption for relation in shapes.RELATIONS):
+            continue
+        moving = {axis: [getattr(a, axis) != getattr(b, axis) for a, b in zip(scenes[0], scenes[-1])] for axis in "xy"}
+        axis = "y" if any(moving["x"]) else "x"
+        if not any(moving[axis]):
+            seen[axis] += 1
+            assert all(getattr(a, axis) < getattr(b, axis) for a, b in scenes), caption
+    assert min(seen.values()) > 20
+
+
 def test_neighbours_are_the_same_clip_backwards():
     drawn = clips.MovingShapes(count=6)
     forth, back = drawn.clips([0, 2, 4]), drawn.clips([1, 3, 5])
@@ -91,10 +105,10 @@ def test_a_folder_of_clips_and_what_cannot_be_used(tmp_path):
     (tmp_path / "cut.txt").write_text("cut short")
     (tmp_path / "film.mp4").write_bytes(b"no film at all")
     (tmp_path / "film.txt").write_text("no film")
-    (tmp_path / "sequence").mkdir()
+    (tmp_path / "sequence.1").mkdir()
     for i, frame in enumerate(frames(9)):
-        frame.save(tmp_path / "sequence" / f"{i:03d}.png")
-    (tmp_path / "sequence.txt").write_text("a folder of frames")
+        frame.save(tmp_path / "sequence.1" / f"{i:03d}.png")
+    (tmp_path / "sequence.1.txt").write_text("a folder of frames")
     found = clips.ClipFolder(tmp_path, 32, 8, 4)
     assert sorted(found.captions) == ["a folder of frames"] + ["a thing that moves"] * 3
     assert found.held == 1 and found.clips([0, 1, 2, 3]).shape == (4, 8, 3, 32, 32)

@@ -66,6 +66,10 @@ def test_captions_tell_where_things_stand():
                 axis, side = next(words[word] for word in words if rest.startswith(word))
                 assert (getattr(thing, axis) - 0.5) * side > 0, caption
         else:
+            sizes = not any(f" {comparison} " in caption for comparison in shapes.COMPARISONS)
+            rest = caption
+            for thing in things:  # named in their order
+                rest = rest.split(shapes.noun(thing, sizes), 1)[1]
             assert len(things) != 2 or things[0].x < things[1].x, caption
             if len(things) == 3:
                 inorder.append(things[0].x <= things[1].x <= things[2].x)

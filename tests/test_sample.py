@@ -10,7 +10,7 @@ from PIL import Image
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, check_scale
 from diffusion import SAMPLERS, guided
-from pipeline import Pipeline
+from pipeline import Pipeline, device_of
 from text_encoders import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -143,9 +143,19 @@ def test_kl_is_that_of_two_gaussians():
 
 def test_what_cannot_be_written_is_said_before_anything_is_drawn(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Pipeline, "generate", None)
-    for name in ("x", "x.foo"):
+    for name in ("x", "x.foo", "x.psd"):  # Pillow reads the last, but does not write it
         with pytest.raises(ValueError, match=f"--out .*{name}: no kind of picture; call it NAME.png"):
             sample.main(["a star", "--checkpoint", str(run), "--out", str(tmp_path / name)])
+    monkeypatch.undo()
+    sample.main(["a star", "--checkpoint", str(run), "--steps", "2", "--out", str(tmp_path / "X.PNG")])
+    assert Image.open(tmp_path / "X.PNG").format == "PNG"
+
+
+def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(ValueError, match="cuda:99"):  # no machine has so many
+        device_of()
 
 
 def test_lists_of_prompts_become_the_folder_that_t2i_compbench_reads(run, tmp_path, monkeypatch):

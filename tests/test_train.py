@@ -67,6 +67,10 @@ def test_compiled_blocks_train_alike_and_go_on_uncompiled(folder, tmp_path, monk
     flags = "--precision", "fp32", "--log-every", "1", "--optimizer", "adamw", "--lr", "1e-3"
     image(folder, tmp_path / "plain", *flags)
     assert not traced
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(ValueError, match="--compile: needs a C\\+\\+ compiler"):
+        image(folder, tmp_path / "compiled", *flags, "--compile")
+    monkeypatch.setattr(shutil, "which", lambda program: program)
     image(folder, tmp_path / "compiled", *flags, "--compile", "--checkpointing")
     assert traced
     assert (losses(tmp_path / "compiled") - losses(tmp_path / "plain")).abs().max() < 1e-5
