@@ -5,7 +5,8 @@
 builds the model and runs one step of it on the *meta* device, whose tensors have a shape and no data: parameters by part,
 FLOPs, memory, hours, in seconds and on any machine. Bytes of activations are counted as the step runs: each new tensor's
 storage is added when it is made and taken off when it is freed, and the largest sum is the answer, whatever the model.
-Weights, gradients, optimizer and EMA are fp32 and shared out among the GPUs (fully sharded); what is frozen is whole on each.
+Weights, gradients, optimizer and EMA are fp32 and shared out among the GPUs, or --shard of them; what is frozen is whole on
+each.
 """
 import math
 import weakref
@@ -178,12 +179,16 @@ def report(stage, config):
         model_config, local, frames, side, lengths, torch.bfloat16 if half else torch.float32, config.checkpointing,
         config.attention != "written",
     )  # fmt: skip
+    sharers = config.shard or config.gpus
+    if config.gpus % sharers:
+        raise ValueError(f"--shard {sharers}: does not divide the {config.gpus} GPUs")
+    gathered = 2 * size(model.blocks[0]) * (2 if half else 4)
     memory = {
-        "weights": total * 4 / config.gpus,
-        "gradients": total * 4 / config.gpus,
-        "optimizer": total * OPTIMIZER[config.optimizer] / config.gpus,
-        "EMA": total * 4 / config.gpus,
-        "two gathered blocks": 2 * size(model.blocks[0]) * (2 if half else 4) * (config.gpus > 1),
+        "weights": total * 4 / sharers,
+        "gradients": total * 4 / sharers,
+        "optimizer": total * OPTIMIZER[config.optimizer] / sharers,
+        "EMA": total * 4 / sharers,
+        **({"two gathered blocks": gathered} if sharers > 1 else {"weights in bf16": total * 2} if half else {}),
         "frozen": sum(size(module) * (4 if name == "autoencoder" else 2) for name, module in frozen.items()),
         f"activations of {local}": moving,
     }

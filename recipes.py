@@ -61,7 +61,7 @@ class Config:
     resume: bool = False
     patience: int = 10  # steps in a row with a gradient that is no number, before the run stops
     accumulate: int = 1  # parts of a process's batch, one after the other: less memory
-    shard: int = 0  # under torchrun: how many neighbours share one copy of the model; 0: all
+    shard: int = 0  # under torchrun: how many neighbours share one copy of the model; 0: all; 1: none, faster where a GPU has room
     precision: str = "auto"  # fp32, bf16 (weights stay fp32), or auto: bf16 where this machine multiplies it faster
     attention: str = "auto"  # fused, written, or auto: written on a CPU
     compile: bool = False  # torch.compile each block: on a GPU 1.5 times as fast with a third less memory, after a minute's wait

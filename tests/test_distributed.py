@@ -82,10 +82,11 @@ def test_two_processes_give_the_losses_of_one_and_the_same_pictures(folder, tmp_
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"000020.png", "000020-raw.png"}
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_a_checkpoint_of_some_processes_goes_on_in_others(folder, tmp_path, before, after):
-    """Stopped by SIGTERM, which ends the step, saves and exits 0; then losses go on as if nothing had been."""
-    process = start(folder, tmp_path, before)
+@pytest.mark.parametrize("before, after, shard", [(2, 1, 0), (1, 2, 0), (2, 2, 1)])
+def test_a_checkpoint_of_some_processes_goes_on_in_others(folder, tmp_path, before, after, shard):
+    """Stopped by SIGTERM, which ends the step, saves and exits 0; then losses go on as if nothing had been. The last: of
+    whole models, in shares."""
+    process = start(folder, tmp_path, before, "--shard", str(shard))
     until(tmp_path, 5)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=120)[0]
@@ -108,12 +109,14 @@ def test_a_signal_to_all_processes_of_a_job_ends_it_with_a_checkpoint(folder, tm
     assert process.returncode == 0 and "with a checkpoint. Go on with" in text and "Traceback" not in text, text
 
 
-def test_groups_accumulation_checkpointing_and_bf16_agree(folder, tmp_path):
-    """HSDP with groups of one, parts of a batch, blocks computed twice: the same to 1e-5; bf16: to 0.02."""
+def test_replicas_groups_accumulation_checkpointing_and_bf16_agree(folder, tmp_path):
+    """Whole models, or shared out in two groups, parts of a batch, blocks computed twice: the same to 1e-5; bf16: to 0.02."""
     run(folder, tmp_path / "a", 2, "--shard", "1", "--accumulate", "2", "--checkpointing", "--steps", "8", "--cooldown", "0")
+    run(folder, tmp_path / "d", 4, "--shard", "2", "--steps", "8", "--cooldown", "0")
     run(folder, tmp_path / "b", 1, "--steps", "8", "--cooldown", "0")
     run(folder, tmp_path / "c", 2, "--precision", "bf16", "--steps", "8", "--cooldown", "0")
-    assert (losses(tmp_path / "a") - losses(tmp_path / "b")).abs().max() < 1e-5
+    for out in ("a", "d"):
+        assert (losses(tmp_path / out) - losses(tmp_path / "b")).abs().max() < 1e-5
     assert 0 < (losses(tmp_path / "c") - losses(tmp_path / "b")).abs().max() < 0.02
 
 

@@ -295,6 +295,20 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert rates[0] == 0.1 and rates[9] == rates[49] == 1.0 and rates[75] == 0.5 and 0 < rates[99] <= 0.02
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_freed_in_pieces_goes_back_to_the_system(folder, tmp_path, monkeypatch):
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+    pieces = [torch.ones(2**14) for _ in range(4000)]  # 64 KiB each; every tenth stays, so that the rest cannot go by itself
+    pieces = pieces[::10]
+    before = resident()
+    loop.trim(torch.device("cpu"))
+    assert before - resident() > 150 and all(piece.sum() == 2**14 for piece in pieces)
+    calls = []
+    monkeypatch.setattr(loop, "trim", calls.append)
+    image(folder, tmp_path, "--steps", "20")
+    assert calls == [torch.device("cpu")]
+
+
 def test_muon_equals_torchs(monkeypatch):
     """torch.optim.Muon with its bf16 iteration moved to fp32; wide, tall and square matrices, a few steps."""
     torch.manual_seed(0)
