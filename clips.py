@@ -138,7 +138,7 @@ def random_scene(rng, number):
     if len(things) == 2 and motions[0] == motions[1] and rng.random() < 0.7:
         still_sized = motions[0] not in ("growing", "shrinking")
         relation = rng.choice(RELATIONS + COMPARISONS if still_sized else RELATIONS)
-    return shapes.sized(things, relation, rng), motions, relation
+    return shapes.sized(things, relation), motions, relation
 
 
 # ---------------------------------------------------------------------------------------------------------- folders

@@ -120,7 +120,7 @@ def moving_prompts(column, count, seed=0):
     rng, found = random.Random(f"moving {column} {seed}"), []
     for prompt in prompts(column, False, 20 * count, seed):
         motions = [rng.choice(list(MOTIONS))] * 2
-        things = shapes.sized(prompt.things, prompt.relation, rng)
+        things = shapes.sized(prompt.things, prompt.relation)
         if len(things) == 2 and len(found) < count and clips.random_path(things, motions, prompt.relation, rng, 8):
             things = tuple(clips.unsized(prompt.things, motions))
             found.append(Prompt(clips.describe(things, motions, prompt.relation, rng), things, prompt.relation, tuple(motions)))
@@ -209,6 +209,7 @@ class Config:
     lambda_t: float = 2.0
     lambda_m: float = 1.0
     video: bool = False
+    frames: int = 0  # with --video: a clip, if not as many as the model was trained on
     sweep: str = ""  # with --video: a file for the curves over --lambda-m and --lambda-t
     seed: int = 0
     batch_size: int = 100
@@ -227,18 +228,22 @@ def main(arguments):
     model = Pipeline.load(folder).to(device)
     source = model.config["flags"]["data"]
 
-    if config.sweep and not config.video:
-        raise ValueError(f"--sweep {config.sweep}: of clips only; give --video too")
+    for field in ("sweep", "frames"):
+        if (value := getattr(config, field)) and not config.video:
+            raise ValueError(f"--{field} {value}: of clips only; give --video too")
+    if config.frames < 0 or config.frames == 1:
+        raise ValueError(f"--frames {config.frames}: a clip has at least 2")
     if config.video and model.config["flags"].get("clips") not in (None, "shapes"):
         raise ValueError(f"{folder} was trained on clips from a folder; --video judges clips of shapes")
     if config.video != model.transformer.config.temporal:
         raise ValueError(f"{folder} holds {'an image' if config.video else 'a video'} model: {'leave out' if config.video else 'give'} --video")
-    size = max(1, config.batch_size // (model.config["frames"] if config.video else 1))
+    frames = (config.frames or model.config["frames"]) if config.video else 0
+    size = max(1, config.batch_size // max(1, frames))
 
     def generate(texts, lambda_t=config.lambda_t, lambda_m=config.lambda_m):
         parts = [texts[i : i + size] for i in range(0, len(texts), size)]
         return torch.cat([
-            model.generate(part, config.seed, config.sampler, config.steps, lambda_t, lambda_m)
+            model.generate(part, config.seed, config.sampler, config.steps, lambda_t, lambda_m, frames=frames)
             for part in tqdm(parts, desc="sampling", disable=None, leave=False)
         ])  # fmt: skip
 
@@ -256,6 +261,7 @@ def main(arguments):
         print(f"nearest training picture is the caption's own: {scores['retrieval']:.2f} of {min(config.prompts, len(dataset))} captions")
     if config.json:
         made_by = {key: getattr(config, key) for key in ("seed", "sampler", "steps", "lambda_t", "lambda_m", "prompts")}
+        made_by |= {"frames_a_clip": frames} if config.video else {}
         scores |= {"checkpoint": str(folder), **made_by}
         Path(config.json).write_text(json.dumps(scores, indent=1) + "\n")
 

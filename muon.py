@@ -41,11 +41,14 @@ class Muon(torch.optim.Optimizer):
             for shape, same in shapes.items():
                 updates = []
                 for p in same:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    m = self.state[p]["momentum"]
                     m.lerp_(p.grad, 1 - group["momentum"])  # the sum in the docstring, but for a factor that is divided away
                     updates.append(whole(torch.lerp(p.grad, m, group["momentum"])).flatten(1))
                 updates = orthogonalise(torch.stack(updates).to(self.dtype)).to(same[0].dtype)
                 size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
                 for p, update in zip(same, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    if group["weight_decay"]:
+                        p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(share_of(update.view(shape), p), alpha=size)

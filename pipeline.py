@@ -75,8 +75,9 @@ class Pipeline(nn.Module):
             config = json.loads(metadata["config"])
             tokenizer = Tokenizer(tensors.pop("tokenizer").numpy().tobytes()) if "tokenizer" in tensors else None
             config.get("published", {}).update({name: moved for name, moved in published.items() if moved})
-            model = cls(config, tokenizer)
-            missing, unexpected = model.load_state_dict(tensors, strict=False)
+            model = cls(config, tokenizer, empty=True)
+            tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+            missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
             missing = [name for name in missing if tokenizer or not name.startswith("text_encoders.")]
             if missing or unexpected:
                 raise ValueError(f"of its tensors are missing {missing[:3]}, too many {unexpected[:3]}")

@@ -79,7 +79,7 @@ PAPER = dict(
     qk_norm=False, batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100, one_frame=0, two_frames=0, four_frames=0,
     own_timesteps=0.0,
 )  # fmt: skip
-STEPS = {"autoencoder": 1000, "image": 1400, "video": 1300}  # the demo's
+STEPS = {"autoencoder": 1000, "image": 1200, "video": 1300}  # the demo's
 VIDEO = dict(batch_size=16)
 AUTOENCODER = dict(optimizer="muon", batch_size=16, lr=2e-3, cooldown=0.5)
 CHOICES = dict(

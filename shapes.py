@@ -128,11 +128,11 @@ def holds(relation, a, b):
     }[relation]  # fmt: skip
 
 
-def sized(things, relation, rng):
-    """For a comparison, sizes that make it true of the first two things; else the things as they are."""
+def sized(things, relation):
+    """For a comparison, the first two things big and small, so that the caption tells both sizes; else the things as they are."""
     if relation not in COMPARISONS:
         return things
-    sizes = sorted(rng.sample(list(SIZES), 2), key=SIZES.get, reverse=relation == "bigger than")
+    sizes = ("big", "small") if relation == "bigger than" else ("small", "big")
     return [replace(thing, size=size) for thing, size in zip(things, sizes)] + list(things[2:])
 
 
@@ -267,7 +267,7 @@ class Shapes:
             relation = None
             if len(things) > 1 and rng.random() < 0.7:
                 relation = rng.choice(RELATIONS if rng.random() < 0.75 else COMPARISONS)
-            things = sized(things, relation, rng)
+            things = sized(things, relation)
             if sum(thing.size == "big" for thing in things) == 3:
                 things[2] = replace(things[2], size="small")  # three big ones hardly fit
             told = relation is None and len(things) < 3 and rng.random() < 0.4  # the caption says where all stand

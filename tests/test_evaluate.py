@@ -14,7 +14,7 @@ from judge import judge, judge_clip, look
 
 def scene_of(prompt, rng):
     """Draws what a prompt says, somewhere."""
-    things = shapes.sized(list(prompt.things), prompt.relation, rng)
+    things = shapes.sized(list(prompt.things), prompt.relation)
     return shapes.draw(shapes.place(things, prompt.relation, rng))
 
 
@@ -60,7 +60,7 @@ def true_clips(asked, backwards=False):
     for p in asked:
         scenes = None
         while scenes is None:
-            scenes = clips.random_path(shapes.sized(p.things, p.relation, rng), p.motions, p.relation, rng, 8)
+            scenes = clips.random_path(shapes.sized(p.things, p.relation), p.motions, p.relation, rng, 8)
         made.append(np.stack([shapes.draw(scene) for scene in (scenes[::-1] if backwards else scenes)]))
     return torch.from_numpy(np.stack(made)).permute(0, 1, 4, 2, 3)
 

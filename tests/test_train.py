@@ -166,7 +166,7 @@ def video(folder, clip_folder, out, *flags):
     run("video", folder, out, "--clips", str(clip_folder), "--init", str(folder.parent / "image"), *TINY, *flags)
 
 
-def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, capsys):
+def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, capsys, monkeypatch):
     video(folder, clip_folder, tmp_path / "all")
     printed = capsys.readouterr().out
     assert "1 of 5 files were left out" in printed and "new weights, the temporal layers'" in printed
@@ -182,8 +182,23 @@ def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, cap
         sample.main(["a red circle moving left", *flags, "--frames", "-1"])
     with pytest.raises(ValueError, match="trained on clips from a folder"):
         evaluate.main(["--video", "--checkpoint", str(tmp_path / "all")])
-    with pytest.raises(ValueError, match="--sweep x.png: of clips only"):
-        evaluate.main(["--sweep", "x.png", "--checkpoint", str(folder.parent / "image")])
+    model.config["flags"]["clips"], lengths, generate = "shapes", set(), Pipeline.generate
+
+    def noted(*arguments, **options):
+        clips = generate(*arguments, **options)
+        lengths.add(clips.shape[1])
+        return clips
+
+    monkeypatch.setattr(Pipeline, "generate", noted)
+    model.save(tmp_path / "model.safetensors")
+    judged = ["--video", "--checkpoint", str(tmp_path / "model.safetensors"), "--frames", "3", "--steps", "1", "--prompts", "2"]
+    evaluate.main([*judged, "--json", str(tmp_path / "scores.json")])
+    assert lengths == {3} and json.loads((tmp_path / "scores.json").read_text())["frames_a_clip"] == 3
+    for flag, value in (("--sweep", "x.png"), ("--frames", "12")):
+        with pytest.raises(ValueError, match=f"{flag} {value}: of clips only"):
+            evaluate.main([flag, value, "--checkpoint", str(folder.parent / "image")])
+    with pytest.raises(ValueError, match="--frames 1: a clip has at least 2"):
+        evaluate.main([*judged, "--frames", "1"])
     with pytest.raises(ValueError, match="clips are written as .gif, .webp, .mp4"):
         sample.main(["a red circle moving left", *flags, "--out", str(tmp_path / "clip.avi")])
     video(folder, clip_folder, tmp_path / "layers", "--only-temporal", "--motion-free-mask", "false")
