@@ -73,12 +73,12 @@ def state_of(trained, ema, optimizers):
 def folders(run):
     """The whole checkpoints of a run's folder, oldest first."""
     found = (Path(run) / "checkpoints").glob("*/config.json")
-    return sorted(path.parent for path in found if path.parent.name.isdecimal())
+    return sorted((path.parent for path in found if path.parent.name.isdecimal()), key=lambda folder: int(folder.name))
 
 
 def save(run, step, config, state, keep=2):
-    """Writes a checkpoint; older ones than the last `keep` are removed. config: a dictionary. OSError if it cannot be
-    written; what was there before then still is."""
+    """Writes a checkpoint; older ones than the last `keep` are removed, and those of later steps, which an earlier run left in
+    the folder. config: a dictionary. OSError if it cannot be written; what was there before then still is."""
     root = Path(run) / "checkpoints"
     part, final = root / f".part-{step:06d}", root / f"{step:06d}"
     if distributed.rank() == 0:
@@ -99,8 +99,9 @@ def save(run, step, config, state, keep=2):
                 shutil.rmtree(final)
             os.replace(part, final)
             sync(root)
-            for old in folders(run)[:-keep]:
-                shutil.rmtree(old)
+            own = [folder for folder in folders(run) if int(folder.name) <= step]
+            for other in set(folders(run)) - set(own[-keep:]):
+                shutil.rmtree(other)
     except (Exception, CheckpointException) as error:  # torch wraps what the disk says
         if distributed.rank() == 0:
             shutil.rmtree(part, ignore_errors=True)

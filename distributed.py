@@ -5,8 +5,8 @@
 starts 8 processes (ranks). Each holds a share of every weight, gradient, EMA and optimizer state, gathers a block's weights
 just before it runs, and computes its share of the batch; gradients are averaged as they are handed back. With --shard S the
 weights are shared out among S neighbours alone (the GPUs of a machine), and every such group holds the whole model (HSDP).
-With --shard 1 nothing is shared out: every rank has the whole model, and gradients are averaged by `Averaging`. Where
-that fits it is faster: sharing costs Python some 3 milliseconds a block and step, longer than a GPU may need for the block.
+With --shard 1 nothing is shared out: every rank has the whole model, and gradients are averaged by `Averaging`. Where that
+fits it spares Python some 3 milliseconds a block and step, longer than a GPU may need for the block.
 Without torchrun there is one process, no mesh, and the same code: a sharded weight is a DTensor, which optimizers, norms and
 EMA take as they take any tensor.
 """
@@ -52,7 +52,7 @@ def shard(model, device, dtype, group=0):
     """Shares out the weights of a GenTron (or any module; if it has `blocks`, block by block), in place. dtype: of the
     products; weights stay in fp32 and gradients are summed in fp32. group: how many neighbours share the weights; 0: all; 1:
     none do. ValueError if the number of processes is no multiple of it."""
-    group = group or world()
+    group = min(group or world(), world())
     if world() % group:
         raise ValueError(f"--shard {group}: does not divide the {world()} processes")
     if group == 1:
@@ -81,7 +81,7 @@ def share_of(tensor, like):
 
 class DrawnWhole(TorchFunctionMode):
     """While this mode is on, starting values are drawn for whole tensors on the CPU, and each rank keeps its share: a run
-    starts alike on any device and any number of ranks, and no rank ever holds more than one whole tensor."""
+    starts alike on any device and any number of ranks, and no rank ever holds more than one whole tensor of a shared model."""
 
     FILLING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_, torch.nn.init.normal_)
 
@@ -130,6 +130,15 @@ def total(value):
     tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.item()
+
+
+def gathered(items):
+    """The lists of all ranks, one after the other."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * world()
+    dist.all_gather_object(lists, items)
+    return sum(lists, [])
 
 
 def wait():

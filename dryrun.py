@@ -8,7 +8,6 @@ storage is added when it is made and taken off when it is freed, and the largest
 Weights, gradients, optimizer and EMA are fp32 and shared out among the GPUs, or --shard of them; what is frozen is whole on
 each.
 """
-import math
 import weakref
 from pathlib import Path
 
@@ -172,9 +171,11 @@ def report(stage, config):
     lines += [f"  {name:<24}{size(module) / 1e6:>10.2f}M" for name, module in beside.items()]
     lines += [f"  {name + ', frozen':<24}{size(module) / 1e6:>10.2f}M, not among them" for name, module in frozen.items()]
     work = config.batch_size * flops(model_config, frames, side, lengths, config.checkpointing)
-    reading = config.batch_size * sum(2 * size(frozen[name]) * L for name, L in zip(READERS, lengths) if name in frozen)
+    reading = config.batch_size * sum(2 * size(frozen[name]) * NULL_TOKENS[name] for name in READERS if name in frozen)
     lines.append(f"a step of {config.batch_size}: {work / 1e12:.2f} TFLOP, and {reading / 1e12:.2f} for the frozen text encoders")
-    half, local = config.precision != "fp32", math.ceil(config.batch_size / config.gpus / config.accumulate)
+    if config.batch_size % (config.gpus * config.accumulate):
+        raise ValueError(f"--batch-size {config.batch_size}: not a multiple of {config.gpus} GPUs times --accumulate {config.accumulate}")
+    half, local = config.precision != "fp32", config.batch_size // config.gpus // config.accumulate
     moving = activations(
         model_config, local, frames, side, lengths, torch.bfloat16 if half else torch.float32, config.checkpointing,
         config.attention != "written",

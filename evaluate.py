@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import attention
@@ -231,6 +232,11 @@ def main(arguments):
     for field in ("sweep", "frames"):
         if (value := getattr(config, field)) and not config.video:
             raise ValueError(f"--{field} {value}: of clips only; give --video too")
+    if config.sweep and Image.registered_extensions().get(Path(config.sweep).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--sweep {config.sweep}: no kind of picture; call it NAME.png")
+    for field in ("sweep", "json"):
+        if not (parent := Path(getattr(config, field)).parent).is_dir():
+            raise ValueError(f"--{field} {getattr(config, field)}: there is no folder {parent}")
     if config.frames < 0 or config.frames == 1:
         raise ValueError(f"--frames {config.frames}: a clip has at least 2")
     if config.video and model.config["flags"].get("clips") not in (None, "shapes"):

@@ -276,7 +276,7 @@ def fit(config, model, read, batch_loss, preview, save):
         for name, weights in (("", ema), ("-raw", raw)):  # in this order: the run goes on with the raw ones
             fill(weights)
             with torch.compiler.set_stance("force_eager"):  # a few batches of another shape: not worth the wait for a compiler
-                image = preview()  # on every rank, since each holds a share of the weights
+                image = preview()  # on every rank, since each may hold a share of the weights
             if distributed.rank() == 0:
                 image.save(folder / "samples" / f"{step:06d}{name}.png")
 
@@ -290,9 +290,11 @@ def fit(config, model, read, batch_loss, preview, save):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * learning_rate(config, step)
+            names = []
             for part in range(config.accumulate):
                 averaging.switch(part == config.accumulate - 1)
-                loss, share, names, wait = losses_of(step, part)
+                loss, share, some, wait = losses_of(step, part)
+                names += some
                 (loss.mean() / config.accumulate).backward()
                 losses.append(loss.detach())
                 shares.append(share)
@@ -308,7 +310,7 @@ def fit(config, model, read, batch_loss, preview, save):
             else:
                 skipped += 1
                 losses, shares = losses[: -config.accumulate], shares[: -config.accumulate]
-                log(step=step + 1, skipped=[str(name) for name in names], grad_norm=str(norm))
+                log(step=step + 1, skipped=[str(name) for name in distributed.gathered(names)], grad_norm=str(norm))
                 if skipped == config.patience:
                     raise ValueError(
                         f"the gradient was no number in {skipped} steps in a row, the last of them {step + 1}; the last good "

@@ -76,8 +76,8 @@ class Pipeline(nn.Module):
             tokenizer = Tokenizer(tensors.pop("tokenizer").numpy().tobytes()) if "tokenizer" in tensors else None
             config.get("published", {}).update({name: moved for name, moved in published.items() if moved})
             model = cls(config, tokenizer, empty=True)
-            tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-            missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+            model.transformer.to_empty(device="cpu")
+            missing, unexpected = model.load_state_dict(tensors, strict=False)
             missing = [name for name in missing if tokenizer or not name.startswith("text_encoders.")]
             if missing or unexpected:
                 raise ValueError(f"of its tensors are missing {missing[:3]}, too many {unexpected[:3]}")

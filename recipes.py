@@ -22,7 +22,7 @@ class Config:
     clips: str = "shapes"  # video: or a folder of clips with captions; the pictures are those of --data
     frames: int = 8
     fps: int = 4  # frames a second, of clips from a folder
-    p_motion_free: float = 0.25  # share of a video batch that is pictures, repeated, under the motion-free mask
+    p_motion_free: float = 0.15  # share of a video batch that is pictures, repeated, under the motion-free mask
     joint: bool = True  # false: no pictures, clips only
     motion_free_mask: bool = True  # false: the pictures are still clips like any other
     one_frame: int = 100  # video: so many steps at first see the last frame of each clip alone
@@ -61,7 +61,7 @@ class Config:
     resume: bool = False
     patience: int = 10  # steps in a row with a gradient that is no number, before the run stops
     accumulate: int = 1  # parts of a process's batch, one after the other: less memory
-    shard: int = 0  # under torchrun: how many neighbours share one copy of the model; 0: all; 1: none, faster where a GPU has room
+    shard: int = 0  # under torchrun: how many neighbours share one copy of the model; 0: all; 1: none, each process has it whole
     precision: str = "auto"  # fp32, bf16 (weights stay fp32), or auto: bf16 where this machine multiplies it faster
     attention: str = "auto"  # fused, written, or auto: written on a CPU
     compile: bool = False  # torch.compile each block: on a GPU 1.5 times as fast with a third less memory, after a minute's wait
@@ -82,6 +82,8 @@ PAPER = dict(
 STEPS = {"autoencoder": 1000, "image": 1200, "video": 1300}  # the demo's
 VIDEO = dict(batch_size=16)
 AUTOENCODER = dict(optimizer="muon", batch_size=16, lr=2e-3, cooldown=0.5)
+# What a model that starts from another (--init) has from it.
+INHERITED = ("schedule", "target", "learned_variance", "shift", "integration", "qk_norm", "text_depth", "latent_channels")
 CHOICES = dict(
     precision=("auto", "fp32", "bf16"),
     optimizer=("adamw", "muon"), schedule=("linear", "cosine"), target=("noise", "velocity", "x0"), integration=("cross", "adaln")
@@ -101,6 +103,11 @@ def read_flags(stage, arguments):
     recipe = AUTOENCODER if stage == "autoencoder" else PAPER if given.size != "mini" else VIDEO if stage == "video" else {}
     named = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
     config = Config(**defaults | recipe | {name: getattr(given, name) for name in named})
+    if config.cache and "data" not in named:
+        raise ValueError(f"--cache {config.cache}: name the pictures that it was made of too, by --data")
+    for field in INHERITED if config.init or stage == "video" else ():
+        if field in named:
+            raise ValueError(f"--{field.replace('_', '-')}: the run that --init names has its own, which stays")
     name = Path(config.data).name or "data"
     config.steps = config.steps or STEPS[stage]
     config.out = config.out or f"runs/{stage}-{name}"
@@ -117,6 +124,8 @@ def read_flags(stage, arguments):
         raise ValueError(f"--p-motion-free {config.p_motion_free}: must be at least 0 and less than 1")
     if not 0 <= config.own_timesteps <= 1:
         raise ValueError(f"--own-timesteps {config.own_timesteps}: must be from 0 to 1")
+    if config.shard < 0:
+        raise ValueError(f"--shard {config.shard}: must be at least 0")
     if config.frames < 2:
         raise ValueError(f"--frames {config.frames}: a clip has at least 2")
     for field in ("batch_size", "steps", "fps", "log_every", "sample_every", "checkpoint_every", "latent_channels",

@@ -149,7 +149,7 @@ def main(arguments):
     clips = model.transformer.config.temporal
     many = config.prompts and not config.grid
     out = Path(config.out or ("samples" if many else "samples.gif" if clips else "samples.png"))
-    if clips and out.suffix not in ("", *pictures.ANIMATED):
+    if clips and out.suffix not in pictures.ANIMATED and not (many and not out.suffix):
         raise ValueError(f"--out {out}: clips are written as {', '.join(pictures.ANIMATED)}")
     if not clips and not many and Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out {out}: no kind of picture; call it NAME.png")

@@ -185,7 +185,7 @@ def continued_image_model(config, dataset):
 
 def place(model, config):
     """Shares a Pipeline out among the ranks, on their devices, and gives the transformer its starting values if it has none
-    yet. No rank ever holds a whole new model."""
+    yet. No rank ever holds the whole of a new model that is shared out."""
     device = distributed.start(device_of(config.device))
     dtype = computing_dtype(config.precision, device)
     model.transformer.checkpointing = config.checkpointing
@@ -294,7 +294,9 @@ def frames_at(step, config, generator):
     F = config.frames
     for K, steps in ((1, config.one_frame), (2, config.two_frames), (4, config.four_frames)):
         if step < steps and K <= F:  # one from each K-th of the clip
-            return torch.tensor([F - 1]) if K == 1 else torch.arange(K) * F // K + torch.randint(F // K, (K,), generator=generator)
+            first = torch.arange(K + 1) * F // K
+            chosen = first[:-1] + (torch.rand(K, generator=generator) * first.diff()).long()
+            return torch.tensor([F - 1]) if K == 1 else chosen
         step -= steps
     return torch.arange(F)
 
@@ -322,6 +324,7 @@ def train_video(config):
         describe(config, model=image.config["model"] | changes, words=words, frames=config.frames, **parts), image.tokenizer
     )
     new = inflate(model, image.state_dict())
+    del image
     print(f"{len(new)} new weights, the temporal layers': {new[0]} … {new[-1]}")
     if config.only_temporal:
         for name, p in model.named_parameters():
@@ -366,7 +369,9 @@ def main(arguments):
     if config.dry_run:
         if arguments[0] == "autoencoder":
             raise ValueError("--dry-run: of the stages image and video")
-        print("\n".join(dryrun.report(arguments[0], config)))
+        report = dryrun.report(arguments[0], config)
+        if distributed.rank() == 0:
+            print("\n".join(report))
         return
     attention.use(config.attention, distributed.start(device_of(config.device)))
     STAGES[arguments[0]](config)

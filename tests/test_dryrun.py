@@ -1,4 +1,5 @@
 """A dry run counts what a real one takes; and a whole training or sampling step runs where no tensor has data."""
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_activations_are_within_15_percent_of_measured_memory(size, batch, side,
     assert 0.85 < float(done.stdout) < 1.15
 
 
-def test_a_dry_run_of_the_largest_model(capsys, monkeypatch):
+def test_a_dry_run_of_the_largest_model(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(dryrun, "activations", lambda *_: 2**30)  # that is tested above
     train.main(["image", "--size", "G/2", "--dry-run", "--gpus", "16"])
     first, *lines = capsys.readouterr().out.splitlines()
@@ -71,6 +72,12 @@ def test_a_dry_run_of_the_largest_model(capsys, monkeypatch):
     parts = [float(line.split()[-1][:-1]) for line in lines if line.endswith("M")]
     assert sum(parts) == pytest.approx(3083.7, abs=0.1)
     assert any("t5, frozen" in line and "4762.31M" in line for line in lines) and "400000 steps" in lines[-1]
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(model_type="t5", feed_forward_proj="gated-gelu")))
+    train.main(["image", "--size", "S/2", "--dry-run", "--t5", str(folder)])
+    alone = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("a step of"))
+    assert float(alone.split(", and ")[1].split()[0]) > 0
     train.main(["image", "--dry-run"])
     assert capsys.readouterr().out.startswith("parameters 5")
     with pytest.raises(ValueError, match="--dry-run: of the stages image and video"):

@@ -197,10 +197,15 @@ def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, cap
     for flag, value in (("--sweep", "x.png"), ("--frames", "12")):
         with pytest.raises(ValueError, match=f"{flag} {value}: of clips only"):
             evaluate.main([flag, value, "--checkpoint", str(folder.parent / "image")])
-    with pytest.raises(ValueError, match="--frames 1: a clip has at least 2"):
-        evaluate.main([*judged, "--frames", "1"])
-    with pytest.raises(ValueError, match="clips are written as .gif, .webp, .mp4"):
-        sample.main(["a red circle moving left", *flags, "--out", str(tmp_path / "clip.avi")])
+    for flag, value, message in (
+        ("--frames", "1", "a clip has at least 2"), ("--sweep", "curves", "no kind of picture"),
+        ("--sweep", "no/curves.png", "there is no folder no"), ("--json", "no/scores.json", "there is no folder no"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{flag} {value}: {message}"):
+            evaluate.main([*judged, flag, value])
+    for name in ("clip.avi", "clip"):
+        with pytest.raises(ValueError, match="clips are written as .gif, .webp, .mp4"):
+            sample.main(["a red circle moving left", *flags, "--out", str(tmp_path / name)])
     video(folder, clip_folder, tmp_path / "layers", "--only-temporal", "--motion-free-mask", "false")
     video(folder, clip_folder, tmp_path / "clips", "--joint", "false")
     after = Pipeline.load(tmp_path / "layers").state_dict()
@@ -373,12 +378,38 @@ def test_orthogonalise_levels_the_singular_values():
         (["image", "--precision", "fp16"], "--precision fp16: not one of auto, fp32, bf16"),
         (["image", "--integration", "none"], "--integration none: not one of cross, adaln"),
         (["autoencoder", "--resume", "--out", "/tmp/no-run-here"], "--resume: there is no"),
+        (["image", "--shard", "-1"], "--shard -1: must be at least 0"),
+        (["image", "--cache", "somewhere"], "--cache somewhere: name the pictures that it was made of too, by --data"),
+        (["image", "--init", "run", "--shift", "3"], "--shift: the run that --init names has its own, which stays"),
+        (["video", "--learned-variance"], "--learned-variance: the run that --init names has its own, which stays"),
+        (["image", "--dry-run", "--batch-size", "12"], "--batch-size 12: not a multiple of 8 GPUs times --accumulate 1"),
     ],
 )
 def test_a_users_mistake_gets_one_line(arguments, message, tmp_path):
     result = subprocess.run([sys.executable, ROOT / "train.py", *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode != 0 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_new_run_in_an_old_ones_folder_keeps_its_own_checkpoints(folder, tmp_path):
+    """It may be shorter than the old one, and steps count as numbers, not as words."""
+    image(folder, tmp_path)
+    image(folder, tmp_path, "--steps", "4", "--checkpoint-every", "2")
+    assert [path.name for path in checkpoints.folders(tmp_path)] == ["000002", "000004"]
+    state = {"model.w": torch.zeros(1)}
+    for step in (999_999, 1_000_000, 1_000_001):
+        checkpoints.save(tmp_path / "long", step, {}, state)
+    assert [path.name for path in checkpoints.folders(tmp_path / "long")] == ["1000000", "1000001"]
+
+
+@pytest.mark.parametrize("frames", [5, 6, 8])
+def test_steps_of_few_frames_see_all_of_them_in_order(frames):
+    config = recipes.Config(frames=frames, one_frame=1, two_frames=100, four_frames=100)
+    seen = [train.frames_at(step, config, torch.Generator().manual_seed(step)) for step in range(202)]
+    assert seen[0].tolist() == [frames - 1] and seen[201].tolist() == list(range(frames))
+    for chosen, K in ((seen[1:101], 2), (seen[101:201], 4)):
+        assert all(len(numbers) == K and (numbers.diff() > 0).all() for numbers in chosen)
+        assert set(torch.cat(chosen).tolist()) == set(range(frames))
 
 
 class Evil:
