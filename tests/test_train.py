@@ -378,11 +378,6 @@ def test_orthogonalise_levels_the_singular_values():
         (["image", "--precision", "fp16"], "--precision fp16: not one of auto, fp32, bf16"),
         (["image", "--integration", "none"], "--integration none: not one of cross, adaln"),
         (["autoencoder", "--resume", "--out", "/tmp/no-run-here"], "--resume: there is no"),
-        (["image", "--shard", "-1"], "--shard -1: must be at least 0"),
-        (["image", "--cache", "somewhere"], "--cache somewhere: name the pictures that it was made of too, by --data"),
-        (["image", "--init", "run", "--shift", "3"], "--shift: the run that --init names has its own, which stays"),
-        (["video", "--learned-variance"], "--learned-variance: the run that --init names has its own, which stays"),
-        (["image", "--dry-run", "--batch-size", "12"], "--batch-size 12: not a multiple of 8 GPUs times --accumulate 1"),
     ],
 )
 def test_a_users_mistake_gets_one_line(arguments, message, tmp_path):
@@ -410,6 +405,21 @@ def test_steps_of_few_frames_see_all_of_them_in_order(frames):
     for chosen, K in ((seen[1:101], 2), (seen[101:201], 4)):
         assert all(len(numbers) == K and (numbers.diff() > 0).all() for numbers in chosen)
         assert set(torch.cat(chosen).tolist()) == set(range(frames))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["image", "--shard", "-1"], "--shard -1: must be at least 0"),
+        (["image", "--cache", "somewhere"], "--cache somewhere: name the pictures that it was made of too, by --data"),
+        (["image", "--init", "run", "--shift", "3"], "--shift: the run that --init names has its own, which stays"),
+        (["video", "--learned-variance"], "--learned-variance: the run that --init names has its own, which stays"),
+        (["image", "--dry-run", "--batch-size", "12"], "--batch-size 12: not a multiple of 8 GPUs times --accumulate 1"),
+    ],
+)
+def test_flags_that_make_no_sense_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(arguments)
 
 
 class Evil:
