@@ -72,7 +72,7 @@ def side_by_side(images):
 
 
 def curves(series, title, size=(720, 360), logarithmic=True):
-    """{name: (x values, y values)} → a Pillow image of lines over a logarithmic y axis, or a linear one from 0."""
+    """{name: (x values, y values)} → a Pillow image of lines over a logarithmic y axis, or a linear one from 0 to at least 1."""
     width, height = size
     left, right, top, bottom = 64, width - 16, 36, height - 32
     image = Image.new("RGB", size, "white")
@@ -81,7 +81,7 @@ def curves(series, title, size=(720, 360), logarithmic=True):
     xs = np.concatenate([np.asarray(x, float) for x, _ in series.values()])
     ys = np.concatenate([scaled(y) for _, y in series.values()])
     x_low, x_high = xs.min(), max(xs.max(), xs.min() + 1)
-    y_low, y_high = (ys.min() - 0.02, ys.max() + 0.02) if logarithmic else (0.0, ys.max() * 1.02)
+    y_low, y_high = (ys.min() - 0.02, ys.max() + 0.02) if logarithmic else (0.0, max(1.0, ys.max()))
 
     def point(x, y):
         x = left + (x - x_low) / (x_high - x_low) * (right - left)
@@ -95,8 +95,10 @@ def curves(series, title, size=(720, 360), logarithmic=True):
         pen.text((6, y - 7), f"{10**value if logarithmic else value:.3g}", fill="black", font=font())
         pen.text((left + share * (right - left) - 10, bottom + 8), f"{x_low + share * (x_high - x_low):{'.0f' if logarithmic else '.3g'}}", fill="black", font=font())
     palette = [(30, 90, 200), (220, 60, 40), (40, 150, 70), (150, 60, 180), (230, 140, 20), (20, 160, 170)]
-    for i, (name, (x, y)) in enumerate(series.items()):
+    end = right  # of the next name, in the line of the title
+    for i, (name, (x, y)) in reversed(list(enumerate(series.items()))):
         if len(x) > 1:
             pen.line([point(*p) for p in zip(x, y)], fill=palette[i % 6], width=2)
-        pen.text((right - 110, top + 14 * i), name, fill=palette[i % 6], font=font())
+        end -= pen.textlength(name, font=font()) + 12
+        pen.text((end + 12, 10), name, fill=palette[i % 6], font=font())
     return image
