@@ -331,7 +331,7 @@ def fit(config, model, read, batch_loss, preview, save):
                     memory=memory_of(device))  # fmt: skip
                 bar.set_postfix(loss=f"{mean:.4f}", mfu=f"{speed * flops / rate:.2f}", refresh=False)
                 losses, shares, waited, since, begin = [], [], 0.0, time.perf_counter(), done
-            if done % 20 == 0:
+            if done % 20 == 0:  # it takes some 30 ms
                 trim(device)
             if done % config.checkpoint_every == 0 or last:
                 write(done)
