@@ -15,11 +15,11 @@ import time
 import torch
 
 import attention
-from autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion import guided_motion
 from dit import GenTron, ModelConfig
 from dryrun import Flops
 from pipeline import device_of
+from published_autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 
 def compare(first, second, repeats=7):

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import attention
-from autoencoder import Autoencoder, AutoencoderConfig, AutoencoderKL, AutoencoderKLConfig
+from autoencoder import Autoencoder, AutoencoderConfig
 from dit import GenTron, ModelConfig
 from pipeline import NULL_TOKENS, POOLING, READERS
+from published_autoencoder import AutoencoderKL, AutoencoderKLConfig
 from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder
 
 ENCODERS = {"clip": CLIPTextEncoder, "t5": T5Encoder}

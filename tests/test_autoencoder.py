@@ -6,9 +6,9 @@ import torch
 from conftest import fake_cuda
 from torch._subclasses import FakeTensorMode
 
-import autoencoder
 import weights
-from autoencoder import Autoencoder, AutoencoderConfig, AutoencoderKL, AutoencoderKLConfig, load
+from autoencoder import Autoencoder, AutoencoderConfig, load
+from published_autoencoder import AutoencoderKL, AutoencoderKLConfig, fade, tile_starts
 
 PUBLISHED = (128, 256, 512, 512)
 TINY = {
@@ -266,10 +266,10 @@ def test_slices_equal_the_whole():
 def test_tiles_cover_all_and_overlap_by_a_quarter():
     for tile in (8, 10, 64):
         for length in range(1, 5 * tile):
-            starts = autoencoder.tile_starts(length, tile)
+            starts = tile_starts(length, tile)
             assert starts[0] == 0 and starts[-1] == max(0, length - tile)
             assert all(0 < b - a <= tile * 3 / 4 for a, b in zip(starts, starts[1:]))
-    assert (autoencoder.fade(6) * 3 / autoencoder.fade(6).max()).tolist() == [1, 2, 3, 3, 2, 1]
+    assert (fade(6) * 3 / fade(6).max()).tolist() == [1, 2, 3, 3, 2, 1]
 
 
 def step(x):

@@ -12,9 +12,9 @@ from torch._subclasses import FakeTensorMode
 import attention
 import dryrun
 import train
-from autoencoder import AutoencoderKL, AutoencoderKLConfig
 from diffusion import Diffusion, ddim, ddpm, dpm_sde, dpm_solver, guided, guided_motion
 from dit import GenTron, ModelConfig
+from published_autoencoder import AutoencoderKL, AutoencoderKLConfig
 from text_encoders import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder
 
 ROOT = Path(__file__).parent.parent
