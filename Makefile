@@ -1,8 +1,9 @@
-# make demo: from nothing to pictures, and clips, of what the prompt says.  make test: the tests.  Each sets itself up.
+# make demo: from nothing to pictures, and clips, of what the prompt says.  make test: the tests, and
+# make test-processors: those that round, once for each instruction set.  Each sets itself up.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test test-processors clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,8 +24,12 @@ demo: .venv/installed
 	$(PY) sample.py --checkpoint runs/video-shapes --frames 8 --lambda-m 1.3 --prompts demo_clips.txt --grid --zoom 2 --out runs/clips.gif
 	$(PY) evaluate.py --video --checkpoint runs/video-shapes --json runs/clips.json
 
+# two tests at a time, of one thread each: few are large enough for more
 test: .venv/installed-dev
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal tests
+
+test-processors: .venv/installed-dev
+	$(PY) tests/processors.py
 
 clean:
 	rm -rf .venv runs

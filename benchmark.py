@@ -18,7 +18,7 @@ import attention
 from diffusion import guided_motion
 from dit import GenTron, ModelConfig
 from dryrun import Flops
-from pipeline import device_of
+from hardware import device_of
 from published_autoencoder import AutoencoderKL, AutoencoderKLConfig
 
 

@@ -76,6 +76,15 @@ def folders(run):
     return sorted((path.parent for path in found if path.parent.name.isdecimal()), key=lambda folder: int(folder.name))
 
 
+def trained_in(run):
+    """{"processor", "precision"} of the run's last checkpoint, or None: what hardware.precision_of takes."""
+    try:
+        config = json.loads((folders(run)[-1] / "config.json").read_text())["config"]
+        return dict(processor=config.get("processor"), precision=config["precision"])
+    except (IndexError, OSError, ValueError, KeyError, TypeError):  # none there, or damaged, which `load` will say
+        return None
+
+
 def save(run, step, config, state, keep=2):
     """Writes a checkpoint; older ones than the last `keep` are removed, and those of later steps, which an earlier run left in
     the folder. config: a dictionary. OSError if it cannot be written; what was there before then still is."""

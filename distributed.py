@@ -132,6 +132,12 @@ def total(value):
     return tensor.item()
 
 
+def majority(choice):
+    """What most ranks chose (of a tie, what comes first in the alphabet), so that all do the same."""
+    choices = gathered([choice])
+    return min(sorted(set(choices)), key=lambda one: -choices.count(one))
+
+
 def gathered(items):
     """The lists of all ranks, one after the other."""
     if not dist.is_initialized():

@@ -124,12 +124,6 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width))
 
 
-def frame_by_frame(layer, c):
-    """layer of each frame's c (B, F, D) → (B, F, 1, …). In products of B rows, not B·F: so they round as a picture's do,
-    and a new video model is its image model to the last bit."""
-    return torch.stack([layer(row) for row in c.unbind(1)], dim=1).unsqueeze(2)
-
-
 class Block(nn.Module):
     """Self-attention → cross-attention → [temporal] → MLP. Self-attention and MLP are modulated by c; cross-attention is a
     plain pre-norm residual branch (its placement and the lack of a gate follow PixArt-α; the paper does not say).
@@ -152,7 +146,7 @@ class Block(nn.Module):
     def forward(self, x, c, text, mask, positions=None, motion_free=None):
         """x (B, F, N, D), c (B, F or 1, D), text (B, L, E), mask (B, L) True = attend → (B, F, N, D). positions (F, D) and
         motion_free as in temporal.py."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = frame_by_frame(self.modulation, c).chunk(6, dim=-1)  # (B, F, 1, D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).unsqueeze(2).chunk(6, dim=-1)  # (B, F, 1, D) each
         y = modulate(self.norm1(x), shift1, scale1).flatten(0, 1)  # (B·F, N, D)
         x = x + gate1 * self.self_attention(y).view_as(x)  # (B, F, N, D)
         if self.cross_attention is not None:
@@ -174,7 +168,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.width, config.patch**2 * config.out_channels)
 
     def forward(self, x, c):
-        shift, scale = frame_by_frame(self.modulation, c).chunk(2, dim=-1)  # (B, F, 1, D) each
+        shift, scale = self.modulation(c).unsqueeze(2).chunk(2, dim=-1)  # (B, F, 1, D) each
         return self.linear(modulate(self.norm(x), shift, scale))  # (B, F, N, P·P·C)
 
 

@@ -37,8 +37,9 @@ import data
 import pictures
 import shapes
 from clips import MOTIONS
+from hardware import device_of, precision_of
 from judge import judge, judge_clip, look
-from pipeline import Pipeline, device_of, from_bytes
+from pipeline import Pipeline, from_bytes
 from sample import newest_run, parse_flags
 from shapes import TEXTURES, Thing
 
@@ -214,6 +215,7 @@ class Config:
     sweep: str = ""  # with --video: a file for the curves over --lambda-m and --lambda-t
     seed: int = 0
     batch_size: int = 100
+    precision: str = "auto"  # of products: fp32, bf16, or auto: what the run was trained in, if on this processor
     device: str = "auto"
 
 
@@ -227,6 +229,7 @@ def main(arguments):
     folder, device = config.checkpoint or newest_run("video" if config.video else "image"), device_of(config.device)
     attention.use("auto", device)
     model = Pipeline.load(folder).to(device)
+    model.precision = precision_of(config.precision, device, model.trained_in)
     source = model.config["flags"]["data"]
 
     for field in ("sweep", "frames"):
@@ -268,7 +271,7 @@ def main(arguments):
     if config.json:
         made_by = {key: getattr(config, key) for key in ("seed", "sampler", "steps", "lambda_t", "lambda_m", "prompts")}
         made_by |= {"frames_a_clip": frames} if config.video else {}
-        scores |= {"checkpoint": str(folder), **made_by}
+        scores |= {"checkpoint": str(folder), "precision": model.precision, **made_by}
         Path(config.json).write_text(json.dumps(scores, indent=1) + "\n")
 
 

@@ -39,7 +39,8 @@ import autoencoder as autoencoders
 import data
 import shapes
 import weights
-from pipeline import LOADERS, device_of, from_bytes
+from hardware import device_of
+from pipeline import LOADERS, from_bytes
 from sample import parse_flags
 
 

@@ -1,8 +1,8 @@
 """The training loop that all stages share: the order of the data, the optimizers, the log, stops and faults.
 
-Step i of a run draws its batch and its noise from (seed, i) alone. A resumed run is therefore the same, bit for bit,
-as one that was never interrupted, and there is no random state to save; and every number of processes sees the same
-batches, of which each computes its rows.
+Step i of a run draws its batch and its noise from (seed, i) alone. So there is no random state to save: on the same
+machine a resumed run is the same, bit for bit, as one that was never interrupted. Every number of processes sees the same
+batches, of which each computes its rows; their losses agree up to rounding.
 """
 import atexit
 import ctypes
@@ -24,6 +24,7 @@ from tqdm import tqdm
 import checkpoints
 import distributed
 import dryrun
+import hardware
 import pictures
 import shards
 from muon import Muon
@@ -63,29 +64,6 @@ def batch_indices(step, count, batch_size, seed, group=1):
         epoch, place = divmod(position, count)
         found.append(permutation(count // group, seed, epoch)[place // group] * group + place % group)
     return torch.stack(found)
-
-
-def matmul_rate(device, dtype=torch.float32, n=0, repeats=4):
-    """FLOP/s of a square product on this machine, large enough to fill it: the yardstick for the step's own rate."""
-    n = n or (8192 if device.type == "cuda" else 2048)
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
-@functools.cache
-def computing_dtype(precision, device):
-    """The dtype of the products in training (weights, their gradients and the optimizer stay in fp32). "auto" measures
-    which is faster here: with instructions for it, bf16 is so by far; without, it is slower by far. Ranks decide together."""
-    if precision == "auto":
-        n = 0 if device.type == "cuda" else 1024
-        faster = matmul_rate(device, torch.bfloat16, n, 8) > matmul_rate(device, torch.float32, n, 8)
-        precision = "bf16" if 2 * distributed.total(faster) > distributed.world() else "fp32"
-    return dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
 
 
 class Log:
@@ -226,7 +204,8 @@ def fit(config, model, read, batch_loss, preview, save):
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
-    dtype, averaging = computing_dtype(config.precision, device), distributed.Averaging(model)
+    dtype, averaging = hardware.DTYPES[config.precision], distributed.Averaging(model)
+    processor = hardware.processor(device)
     optimizers, first = make_optimizers(config, model, dtype), 0
 
     def losses_of(step, part):
@@ -234,14 +213,13 @@ def fit(config, model, read, batch_loss, preview, save):
         start = time.perf_counter()
         batch = read(step, rows)
         waited = time.perf_counter() - start
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+        with hardware.products_in(config.precision, device):
             loss, share = batch_loss(batch, step, rows, generator)
         return loss.float(), share, batch[0], waited
 
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints.folders(folder)
-    if config.resume or restarted:
+    if config.resume:
         first = checkpoints.load(folder, config, trained, ema, optimizers)
-    log, rate = Log(folder, first), matmul_rate(device, dtype)
+    log, rate = Log(folder, first), hardware.matmul_rate(device, dtype)
     # on a step of its own: counting may change the last bits of a result; uncompiled: what is met first while a mode is on
     # would never be compiled
     with torch.compiler.set_stance("force_eager"), dryrun.Flops() as counter:
@@ -250,7 +228,7 @@ def fit(config, model, read, batch_loss, preview, save):
     flops = counter.total * config.accumulate  # with --checkpointing, what is computed twice counts twice
     model.zero_grad(set_to_none=True)
     count = sum(p.numel() for p in trained.values())
-    print(f"{folder}: {count / 1e6:.1f}M trained parameters on {device}, {str(dtype)[6:]} products, steps {first}…{config.steps}")
+    print(f"{folder}: {count / 1e6:.1f}M trained parameters on {device}, {config.precision} products, steps {first}…{config.steps}")
 
     def export():
         state = {}
@@ -263,7 +241,8 @@ def fit(config, model, read, batch_loss, preview, save):
             log.draw()
 
     def write(step):
-        checkpoints.save(folder, step, dataclasses.asdict(config), checkpoints.state_of(trained, ema, optimizers), config.keep)
+        made_by = dataclasses.asdict(config) | dict(processor=processor)
+        checkpoints.save(folder, step, made_by, checkpoints.state_of(trained, ema, optimizers), config.keep)
         export()
 
     @torch.no_grad()
@@ -339,7 +318,7 @@ def fit(config, model, read, batch_loss, preview, save):
                 bar.close()
                 print(f"stopped after step {done}, with a checkpoint. Go on with the same command and --resume")
                 sys.exit(0)
-            if done % config.sample_every == 0 or last:
+            if config.sample_every > 0 and (done % config.sample_every == 0 or last):
                 show(done)
     finally:
         stop.over()

@@ -6,7 +6,6 @@ stay as they are. A run's model.safetensors holds everything but published encod
 """
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ import autoencoder as autoencoders
 import weights
 from diffusion import SAMPLERS, Diffusion, gaussian, guided, guided_motion
 from dit import GenTron, ModelConfig
+from hardware import products_in
 from text_encoders import CLIPConfig, T5Config, T5Encoder, Tokenizer, load_clip, load_t5
 
 # Published encoders, by name: (folder, dtype) → tokenizer, encoder; their config.json; and how conditioning.py takes them.
@@ -33,6 +33,7 @@ class Pipeline(nn.Module):
     def __init__(self, config, tokenizer=None, empty=False):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        self.precision = "fp32"  # or "bf16": of the products in `generate`
         with torch.device("meta" if empty else "cpu"):  # empty: without values yet
             self.transformer = GenTron(ModelConfig(**config["model"]))
         if published := config.get("published"):
@@ -47,6 +48,11 @@ class Pipeline(nn.Module):
     @property
     def device(self):
         return self.autoencoder.shift.device
+
+    @property
+    def trained_in(self):
+        """What hardware.precision_of takes: the processor that trained this model, and the precision chosen there."""
+        return dict(processor=self.config.get("processor"), precision=self.config["flags"].get("precision"))
 
     def read(self, captions):
         """List of B texts → for each encoder its vectors (B, L, E) and a mask (B, L), True = a token: what the transformer
@@ -94,8 +100,8 @@ class Pipeline(nn.Module):
         self, prompts, seed=0, sampler="sde", steps=16, lambda_t=2.0, lambda_m=1.0, rescale=0.0, interval=(0.0, 1.0), frames=0, size=None
     ):
         """List of B prompts → pictures (B, 3, H, W) uint8, or from a video model clips (B, F, 3, H, W). A prompt's result
-        depends on the prompt and seed (one for all, or a list) alone, not on the rest of the batch. lambda_t, lambda_m: the guidance of
-        diffusion.py; frames: F, and size: (H, W), if not as the model was trained. ValueError for an unknown sampler or
+        depends on the prompt and the seed (one for all, or a list) alone, up to rounding: a batch of another size is
+        multiplied by other kernels. lambda_t, lambda_m: the guidance of diffusion.py; frames: F, and size: (H, W), if not as the model was trained. ValueError for an unknown sampler or
         number of steps, or for frames of an image model."""
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
@@ -109,18 +115,24 @@ class Pipeline(nn.Module):
         keys = [hashlib.sha256(f"{one} {prompt}".encode()).digest()[:7] for one, prompt in zip(seeds, prompts)]
         generators = [torch.Generator().manual_seed(int.from_bytes(key, "little")) for key in keys]
         x = gaussian(shape, generators)
-        text, masks = self.read(prompts)
+        with products_in(self.precision, device):
+            text, masks = self.read(prompts)
         no, yes = torch.zeros(len(x), dtype=torch.bool, device=device), torch.ones(len(x), dtype=torch.bool, device=device)
         shared = dict(text=text, mask=masks)
         condition, null_text, still = (
             shared | dict(dropped=dropped) | (dict(motion_free=motion_free) if video else {})
             for dropped, motion_free in ((no, no), (yes, no), (yes, yes))
         )  # the paper's (c_T, c_M), (∅, c_M) and (∅, ∅)
+
+        def predict(x, t, **condition):
+            with products_in(self.precision, device):
+                return self.transformer(x, t, **condition).to(x.dtype)  # guidance and sampler compute in fp32
+
         options = rescale, interval, self.diffusion.steps
         if video:
-            run = guided_motion(self.transformer, condition, null_text, still, lambda_t, lambda_m, *options)
+            run = guided_motion(predict, condition, null_text, still, lambda_t, lambda_m, *options)
         else:
-            run = guided(self.transformer, condition, null_text, lambda_t, *options)
+            run = guided(predict, condition, null_text, lambda_t, *options)
         x = SAMPLERS[sampler](run, self.diffusion, x.to(device), steps, generators)
         frames = x.reshape(-1, *x.shape[-3:]).split(64)  # few at a time: the decoder works at full resolution
         frames = torch.cat([to_bytes(self.autoencoder.decode(part)).cpu() for part in frames])
@@ -140,18 +152,3 @@ def to_bytes(x):
 def from_bytes(x):
     """uint8 pictures → -1…1."""
     return x.float() / 127.5 - 1
-
-
-def device_of(name="auto"):
-    """torch.device: cuda, else mps, else cpu, unless named. ValueError if this machine does not have the named one.
-    For a CPU it also allows fp32 products to run in oneDNN, which on many is twice as fast as the default library."""
-    if name == "auto":
-        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of this process on its machine
-        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: not to be had on this machine with this build of torch; try cpu") from None
-    if device.type == "cpu":
-        torch.set_float32_matmul_precision("medium")
-    return device

@@ -26,7 +26,8 @@ import autoencoder
 import pictures
 from diffusion import SAMPLERS, Diffusion, gaussian, guided
 from dit import SIZES, GenTron, ModelConfig, position_embedding
-from pipeline import device_of, to_bytes
+from hardware import device_of, precision_of, products_in
+from pipeline import to_bytes
 from sample import parse_flags
 
 HEADS = {SIZES[size][:2]: SIZES[size][2] for size in ("S", "B", "L", "XL")}  # (depth, width) → heads, which no tensor tells
@@ -132,7 +133,7 @@ def load(path, heads=0):
 
 
 @torch.no_grad()
-def generate(model, labels, side, seed=0, sampler="ddpm", steps=250, guidance=4.0):
+def generate(model, labels, side, seed=0, sampler="ddpm", steps=250, guidance=4.0, precision="fp32"):
     """Labels, a list of B integers → latents (B, C, side, side), as DiT draws them. guidance 1: none. A latent depends on
     its label, its place in the list and the seed. ValueError for an unknown sampler or label, or number of steps."""
     config, device = model.config, next(model.parameters()).device
@@ -144,7 +145,12 @@ def generate(model, labels, side, seed=0, sampler="ddpm", steps=250, guidance=4.
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
     x = gaussian((config.channels, side, side), generators).to(device)
     dropped, labels = torch.zeros(len(x), dtype=torch.bool, device=device), torch.tensor(labels, device=device)
-    run = guided(model, dict(text=labels, dropped=dropped), dict(text=labels, dropped=~dropped), guidance)
+
+    def predict(x, t, **condition):
+        with products_in(precision, device):
+            return model(x, t, **condition).to(x.dtype)
+
+    run = guided(predict, dict(text=labels, dropped=dropped), dict(text=labels, dropped=~dropped), guidance)
     with tqdm(total=steps, desc="sampling", disable=None) as bar:
 
         def counted(x, t):
@@ -164,6 +170,7 @@ class Config:
     heads: int = 0  # for a DiT of none of the published sizes
     seed: int = 0
     zoom: int = 1  # how many times larger the grid shows a picture
+    precision: str = "auto"  # of products: fp32, bf16, or auto: whichever is faster here
     attention: str = "auto"  # fused, written, or auto
     device: str = "auto"
 
@@ -180,7 +187,8 @@ def main(arguments):
     if decoder.config.channels != model.config.channels:
         raise ValueError(f"{path} has {model.config.channels} latent channels, {config.autoencoder} {decoder.config.channels}")
     latents = generate(
-        model.to(device), list(map(int, labels)), side, config.seed, config.sampler, config.steps, config.guidance
+        model.to(device), list(map(int, labels)), side, config.seed, config.sampler, config.steps, config.guidance,
+        precision_of(config.precision, device),
     )
     with torch.no_grad():
         done = to_bytes(decoder.decode(latents)).cpu()

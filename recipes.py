@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dit import SIZES
-from pipeline import device_of
+from hardware import PRECISIONS, device_of
 from sample import parse_flags
 
 
@@ -55,14 +55,14 @@ class Config:
     latent_channels: int = 8  # of a new autoencoder
     seed: int = 0
     log_every: int = 100
-    sample_every: int = 0  # 0: four times a run
+    sample_every: int = 0  # steps between pictures that show how far the model is; 0: four times a run; -1: none
     checkpoint_every: int = 500
     keep: int = 2  # the last checkpoints
     resume: bool = False
     patience: int = 10  # steps in a row with a gradient that is no number, before the run stops
     accumulate: int = 1  # parts of a process's batch, one after the other: less memory
     shard: int = 0  # under torchrun: how many neighbours share one copy of the model; 0: all; 1: none, each process has it whole
-    precision: str = "auto"  # fp32, bf16 (weights stay fp32), or auto: bf16 where this machine multiplies it faster
+    precision: str = "auto"  # of products: fp32, bf16 (weights stay fp32), or auto: bf16 where this machine multiplies it faster
     attention: str = "auto"  # fused, written, or auto: written on a CPU
     compile: bool = False  # torch.compile each block: on a GPU 1.5 times as fast with a third less memory, after a minute's wait
     checkpointing: bool = False  # keep only what goes into each block, and compute the rest again: less memory, a third slower
@@ -85,7 +85,7 @@ AUTOENCODER = dict(optimizer="muon", batch_size=16, lr=2e-3, cooldown=0.5)
 # What a model that starts from another (--init) has from it.
 INHERITED = ("schedule", "target", "learned_variance", "shift", "integration", "qk_norm", "text_depth", "latent_channels")
 CHOICES = dict(
-    precision=("auto", "fp32", "bf16"),
+    precision=PRECISIONS,
     optimizer=("adamw", "muon"), schedule=("linear", "cosine"), target=("noise", "velocity", "x0"), integration=("cross", "adaln")
 )  # fmt: skip
 
@@ -124,11 +124,13 @@ def read_flags(stage, arguments):
         raise ValueError(f"--p-motion-free {config.p_motion_free}: must be at least 0 and less than 1")
     if not 0 <= config.own_timesteps <= 1:
         raise ValueError(f"--own-timesteps {config.own_timesteps}: must be from 0 to 1")
+    if config.sample_every < -1:
+        raise ValueError(f"--sample-every {config.sample_every}: must be at least -1")
     if config.shard < 0:
         raise ValueError(f"--shard {config.shard}: must be at least 0")
     if config.frames < 2:
         raise ValueError(f"--frames {config.frames}: a clip has at least 2")
-    for field in ("batch_size", "steps", "fps", "log_every", "sample_every", "checkpoint_every", "latent_channels",
+    for field in ("batch_size", "steps", "fps", "log_every", "checkpoint_every", "latent_channels",
                   "text_depth", "gpus", "keep", "patience", "accumulate"):  # fmt: skip
         if getattr(config, field) < 1:
             raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be at least 1")

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import attention
 import pictures
-from pipeline import Pipeline, device_of
+from hardware import device_of, precision_of
+from pipeline import Pipeline
 
 
 def newest_run(stage="image"):
@@ -90,6 +91,7 @@ class Config:
     batch_size: int = 32
     zoom: int = 3  # how many times larger a grid shows a picture
     attention: str = "auto"  # fused, written, or auto
+    precision: str = "auto"  # of products: fp32, bf16, or auto: what the run was trained in, if on this processor
     device: str = "auto"
 
 
@@ -146,6 +148,7 @@ def main(arguments):
     folder, device = config.checkpoint or newest_run("video" if config.frames else "image"), device_of(config.device)
     attention.use(config.attention, device)
     model = Pipeline.load(folder, clip=config.clip, t5=config.t5).to(device)
+    model.precision = precision_of(config.precision, device, model.trained_in)
     clips = model.transformer.config.temporal
     many = config.prompts and not config.grid
     out = Path(config.out or ("samples" if many else "samples.gif" if clips else "samples.png"))
@@ -177,7 +180,7 @@ def main(arguments):
             results = generate([wanted[k][0] for k in batch], [config.seed + wanted[k][1] for k in batch])
             for k, result in zip(batch, results):
                 save(result, files[k], config.fps)
-        print(f"{len(mine)} new of {len(wanted)} {'clips' if clips else 'pictures'} from {folder} → {folder_out}")
+        print(f"{len(mine)} new of {len(wanted)} {'clips' if clips else 'pictures'} from {folder}, {model.precision} products → {folder_out}")
         return
     done = torch.cat([generate(prompts[i : i + config.batch_size], config.seed) for i in bar(len(prompts))])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +189,7 @@ def main(arguments):
         pictures.sheet(done, prompts).save(out.with_suffix(".png"))
     else:
         pictures.grid(done, prompts, min(len(done), 6), config.zoom).save(out)
-    print(f"{len(done)} {'clip' if clips else 'picture'}{'s' * (len(done) > 1)} from {folder} → {out}")
+    print(f"{len(done)} {'clip' if clips else 'picture'}{'s' * (len(done) > 1)} from {folder}, {model.precision} products → {out}")
 
 
 if __name__ == "__main__":

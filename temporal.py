@@ -3,7 +3,8 @@
     (b f) n d → (b n) f d;   x ← x + TempSelfAttn(LN(x));   (b n) f d → (b f) n d
 
 Each place of the picture looks at itself in all frames, after cross-attention and before the MLP, with a plain
-LayerNorm. The output projection starts at zero, so that a new video model is exactly its image model, frame by frame.
+LayerNorm. The output projection starts at zero, so that a new video model is its image model, frame by
+frame (up to rounding: a clip is multiplied by other kernels than a picture).
 
 The *motion-free mask* is the F×F identity: each frame sees itself alone, and the clip is F pictures. Training uses it on
 pictures repeated into still clips, so that motion is a condition that can be dropped like a caption; sampling then turns

@@ -10,6 +10,7 @@ stages share is loop.py; under torchrun many processes share the work (distribut
 """
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 import attention
 import autoencoder as autoencoders
+import checkpoints
 import clips
 import data
 import distributed
@@ -30,8 +32,9 @@ from autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from diffusion import gaussian
 from dit import SIZES, ModelConfig, initialise
 from latents import LatentCache
-from loop import Ahead, batch_indices, computing_dtype, fit, generator_of, row_generators
-from pipeline import NULL_TOKENS, POOLING, READERS, Pipeline, device_of, from_bytes, to_bytes, words_of
+from hardware import DTYPES, device_of, precision_of, processor
+from loop import Ahead, batch_indices, fit, generator_of, row_generators
+from pipeline import NULL_TOKENS, POOLING, READERS, Pipeline, from_bytes, to_bytes, words_of
 from recipes import read_flags
 from shards import TarShards
 from temporal import inflate
@@ -94,7 +97,8 @@ def train_autoencoder(config):
 
 def describe(config, **parts):
     """What a checkpoint says of itself: the flags, and the arguments of each part."""
-    return dict(flags=dataclasses.asdict(config), image_size=config.image_size, **parts)
+    made_on = processor(device_of(config.device))
+    return dict(flags=dataclasses.asdict(config), image_size=config.image_size, processor=made_on, **parts)
 
 
 def encode_all(autoencoder, count, read, size=256):
@@ -136,7 +140,8 @@ def new_image_model(config, dataset):
             raise ValueError(f"--autoencoder {config.autoencoder}: neither a run nor a published folder")
         print(f"no autoencoder in {config.autoencoder} yet: training one first")
         flags = ["--data", config.data, "--image-size", str(config.image_size), "--out", config.autoencoder,
-                 "--seed", str(config.seed), "--device", config.device, "--latent-channels", str(config.latent_channels)]  # fmt: skip
+                 "--seed", str(config.seed), "--device", config.device, "--precision", config.precision,
+                 "--latent-channels", str(config.latent_channels)]  # fmt: skip
         train_autoencoder(read_flags("autoencoder", flags))
     autoencoder = autoencoders.load(config.autoencoder)
     of_clips = clips.MovingShapes(count=500).captions if config.data == "shapes" else []  # train.py video has words too
@@ -177,7 +182,7 @@ def continued_image_model(config, dataset):
     """The model of the run that --init names, for other pictures or another size of them: a grid of positions is computed
     for whatever size there is."""
     start = image_run(config)
-    parts = {name: part for name, part in start.config.items() if name not in ("flags", "image_size", "words")}
+    parts = {name: part for name, part in start.config.items() if name not in ("flags", "image_size", "processor", "words")}
     words = with_words(start.config["words"], some_captions(dataset, 100_000)) if len(dataset) <= 100_000 else []
     start.config = describe(config, words=words, **parts)
     return start.train()
@@ -187,7 +192,7 @@ def place(model, config):
     """Shares a Pipeline out among the ranks, on their devices, and gives the transformer its starting values if it has none
     yet. No rank ever holds the whole of a new model that is shared out."""
     device = distributed.start(device_of(config.device))
-    dtype = computing_dtype(config.precision, device)
+    dtype, model.precision = DTYPES[config.precision], config.precision
     model.transformer.checkpointing = config.checkpointing
     if config.compile:
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -373,7 +378,12 @@ def main(arguments):
         if distributed.rank() == 0:
             print("\n".join(report))
         return
-    attention.use(config.attention, distributed.start(device_of(config.device)))
+    device = distributed.start(device_of(config.device))
+    attention.use(config.attention, device)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints.folders(config.out):
+        config.resume = True  # torchrun has started this run again
+    before = checkpoints.trained_in(config.out) if config.resume else None
+    config.precision = distributed.majority(precision_of(config.precision, device, before))
     STAGES[arguments[0]](config)
 
 

@@ -22,7 +22,7 @@ import checkpoints  # noqa: E402
 import shapes  # noqa: E402
 import weights  # noqa: E402
 
-FLAGS = ["--image-size", "32", "--batch-size", "4", "--steps", "400", "--checkpoint-every", "5", "--sample-every", "1000",
+FLAGS = ["--image-size", "32", "--batch-size", "4", "--steps", "400", "--checkpoint-every", "5", "--sample-every", "-1",
          "--precision", "fp32"]  # fmt: skip
 
 

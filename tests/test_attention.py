@@ -19,6 +19,7 @@ if torch.cuda.is_available():
     KERNELS += [("cuda", torch.float32, 1e-5), ("cuda", torch.bfloat16, 2e-2)]
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("device, dtype, tolerance", KERNELS)
 def test_fused_is_the_equation_in_value_and_gradient(device, dtype, tolerance, masked):

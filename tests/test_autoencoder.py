@@ -3,7 +3,7 @@ import json
 import diffusers
 import pytest
 import torch
-from conftest import fake_cuda
+from conftest import fake_cuda, rounding
 from torch._subclasses import FakeTensorMode
 
 import weights
@@ -242,8 +242,11 @@ def test_the_forward_pass_on_a_gpu():
     assert pictures.shape == (2, 3, 64, 64) and pictures.device.type == "cuda"
 
 
+@pytest.mark.rounding
 @torch.no_grad()
 def test_slices_equal_the_whole():
+    """Up to rounding: some twenty convolutions, in sums of 16·3·3."""
+    near = lambda found, whole: (found - whole).abs().max() <= rounding(whole, sums=20 * 144)
     model = shake(AutoencoderKL(AutoencoderKLConfig(4, (8, 16), 1, 4)))
     pictures = torch.rand(5, 3, 16, 16) * 2 - 1
     seen = []
@@ -254,12 +257,11 @@ def test_slices_equal_the_whole():
     assert seen == [5, 5]
     seen.clear()
     model.tile = 12  # 144 positions, of which a picture has 64
-    torch.testing.assert_close(model.encode(pictures), latents, rtol=0, atol=1e-5)
-    torch.testing.assert_close(model.decode(latents), decoded, rtol=0, atol=1e-5)
+    assert near(model.encode(pictures), latents) and near(model.decode(latents), decoded)
     assert seen == [2, 2, 1, 2, 2, 1]
     seen.clear()
     model.tile = 6  # fewer than a picture has: encoded whole, decoded in 2×2 tiles, one picture at a time all the same
-    torch.testing.assert_close(model.encode(pictures), latents, rtol=0, atol=1e-5)
+    assert near(model.encode(pictures), latents)
     assert model.decode(latents).shape == decoded.shape and seen == [1] * 5 + [1] * 4 * 5
 
 
@@ -307,12 +309,14 @@ def test_tiles_of_other_colours_fade_into_each_other():
     torch.testing.assert_close(row, torch.cat(expected))
 
 
+@pytest.mark.rounding
 @torch.no_grad()
 def test_what_fits_a_tile_is_decoded_exactly():
     model = shake(AutoencoderKL(AutoencoderKLConfig(4, (8, 16), 1, 4)))
     latents = torch.randn(2, 4, 8, 16)
     whole = model.decode(latents)
+    near = lambda found: (found - whole).abs().max() <= rounding(whole, sums=20 * 144)  # as above
     model.tile = 12  # as many positions as 12×12 are decoded at once, whatever their shape
-    torch.testing.assert_close(model.decode(latents), whole, rtol=0, atol=1e-5)
+    assert near(model.decode(latents))
     model.tile = 16
-    torch.testing.assert_close(model.decode_tiles(latents * model.scale), whole, rtol=0, atol=1e-5)
+    assert near(model.decode_tiles(latents * model.scale))

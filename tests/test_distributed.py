@@ -21,7 +21,7 @@ import train
 import weights
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--image-size", "32", "--batch-size", "8", "--steps", "20", "--log-every", "1", "--sample-every", "100",
+FLAGS = ["--image-size", "32", "--batch-size", "8", "--steps", "20", "--log-every", "1", "--sample-every", "-1",
          "--checkpoint-every", "7", "--precision", "fp32", "--optimizer", "adamw", "--lr", "1e-4"]  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def start(root, out, processes, *flags):
 
 def run(root, out, processes, *flags, code=0):
     process = start(root, out, processes, *flags)
-    text = process.communicate(timeout=240)[0]
+    text = process.communicate(timeout=600)[0]
     assert (process.returncode == 0) == (code == 0), text
     return text
 
@@ -64,7 +64,7 @@ def losses(out):
 
 def until(out, step):
     """Waits for a run to log this step."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while time.monotonic() < end:
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
             return
@@ -73,7 +73,7 @@ def until(out, step):
 
 
 def test_two_processes_give_the_losses_of_one_and_the_same_pictures(folder, tmp_path):
-    text = run(folder, tmp_path, 2)
+    text = run(folder, tmp_path, 2, "--sample-every", "100")
     assert text.count("image model →") == 1  # one voice
     assert len(losses(tmp_path)) == 20 and (losses(tmp_path) - losses(folder / "one")).abs().max() < 1e-5
     one, two = (weights.read(path / "model.safetensors")[0] for path in (folder / "one", tmp_path))
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_some_processes_goes_on_in_others(folder, tmp_path, befo
     process = start(folder, tmp_path, before, "--shard", str(shard))
     until(tmp_path, 5)
     process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=120)[0]
+    text = process.communicate(timeout=600)[0]
     assert "with a checkpoint. Go on with the same command and --resume" in text, text
     assert before > 1 or process.returncode == 0
     steps = len(rows(tmp_path))
@@ -105,16 +105,16 @@ def test_a_signal_to_all_processes_of_a_job_ends_it_with_a_checkpoint(folder, tm
     process = start(folder, tmp_path / "run", 1, "--data", str(tmp_path / "tars"), "--steps", "5000", "--workers", "2")
     until(tmp_path / "run", 5)
     os.killpg(process.pid, number)
-    text = process.communicate(timeout=120)[0]
+    text = process.communicate(timeout=600)[0]
     assert process.returncode == 0 and "with a checkpoint. Go on with" in text and "Traceback" not in text, text
 
 
 def test_replicas_groups_accumulation_checkpointing_and_bf16_agree(folder, tmp_path):
     """Whole models, or shared out in two groups, parts of a batch, blocks computed twice: the same to 1e-5; bf16: to 0.02."""
-    run(folder, tmp_path / "a", 2, "--shard", "1", "--accumulate", "2", "--checkpointing", "--steps", "8", "--cooldown", "0")
-    run(folder, tmp_path / "d", 4, "--shard", "2", "--steps", "8", "--cooldown", "0")
-    run(folder, tmp_path / "b", 1, "--steps", "8", "--cooldown", "0")
-    run(folder, tmp_path / "c", 2, "--precision", "bf16", "--steps", "8", "--cooldown", "0")
+    run(folder, tmp_path / "a", 2, "--shard", "1", "--accumulate", "2", "--checkpointing", "--steps", "4", "--cooldown", "0")
+    run(folder, tmp_path / "d", 4, "--shard", "2", "--steps", "4", "--cooldown", "0")
+    run(folder, tmp_path / "b", 1, "--steps", "4", "--cooldown", "0")
+    run(folder, tmp_path / "c", 2, "--precision", "bf16", "--steps", "4", "--cooldown", "0")
     norms = lambda out: torch.tensor([row["grad_norm"] for row in rows(tmp_path / out)])  # AdamW does not see their scale
     for out in ("a", "d"):
         assert (losses(tmp_path / out) - losses(tmp_path / "b")).abs().max() < 1e-5
@@ -127,7 +127,7 @@ def test_a_process_that_dies_ends_the_run(folder, tmp_path):
     until(tmp_path, 3)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    text = process.communicate(timeout=90)[0]
+    text = process.communicate(timeout=600)[0]
     assert process.returncode != 0 and "SIGKILL" in text
 
 

@@ -66,13 +66,13 @@ def true_clips(asked, backwards=False):
 
 
 def test_the_judge_of_clips_is_right_on_true_ones_and_sees_what_is_wrong():
-    by_text = {p.text: p for column in COLUMNS for p in moving_prompts(column, 10)}
-    asked = motion_prompts(44)
+    by_text = {p.text: p for column in COLUMNS for p in moving_prompts(column, 6)}
+    asked = motion_prompts(33)
     by_text |= {p.text: p for p in asked}
-    true = motion(lambda texts: true_clips([by_text[text] for text in texts]), 44)
+    true = motion(lambda texts: true_clips([by_text[text] for text in texts]), 33)
     assert min(true["motion"], true["motion_one"], true["identity"]) >= 0.99 and min(true["frames"].values()) >= 0.99
     assert true["flicker"] < 0.005 and true["amount"] > 0.5
-    back = motion(lambda texts: true_clips([by_text[text] for text in texts], True), 44)
+    back = motion(lambda texts: true_clips([by_text[text] for text in texts], True), 33)
     assert back["motion"] < 0.15 and back["motion_one"] == 0 and back["identity"] >= 0.99
     p = next(p for p in asked if p.motions == ("moving left",))
     clip = true_clips([p])[0].permute(0, 2, 3, 1).numpy()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import rounding
 from PIL import Image
 from test_autoencoder import oracle, shake
 from test_published_text import byte_pairs, clip, save, t5  # noqa: F401 (byte_pairs is a fixture)
@@ -83,13 +84,16 @@ def one_line(match, function, *arguments):
 
 
 def drawn(autoencoder, pictures, noise):
-    """What a step would encode, with the tolerance that the cache states."""
+    """What a step would encode, with the tolerance that the cache states, and what some twenty convolutions in sums of
+    16·3·3 may round otherwise in a batch of another size."""
     mean, log_variance = autoencoder.moments(pictures)
+    close = rounding(mean, sums=20 * 144)
     shift = autoencoder.shift.view(1, -1, 1, 1)
     spread = (0.5 * log_variance).exp() * noise
-    return (mean + spread - shift) / autoencoder.scale, (mean.abs() / 2048 + spread.abs() / 100 + 1e-5) / autoencoder.scale
+    return (mean + spread - shift) / autoencoder.scale, (mean.abs() / 2048 + spread.abs() / 100 + close) / autoencoder.scale
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("kind", ["vae", "mini"])
 @torch.no_grad()
 def test_the_cache_gives_what_encoding_in_every_step_gives(root, tmp_path, kind):
@@ -119,6 +123,7 @@ def test_the_cache_gives_what_encoding_in_every_step_gives(root, tmp_path, kind)
         cache.read([COUNT])
 
 
+@pytest.mark.rounding
 @torch.no_grad()
 def test_shapes_are_not_mirrored_and_keep_their_group(root, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes.Shapes, "__init__", few_shapes(shapes.Shapes.__init__))

@@ -94,6 +94,7 @@ def difference(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+@pytest.mark.rounding
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, dict(patch=4, C=3, out=6, side=2), dict(out=4, depth=1, D=32)])
 def test_a_DiT_written_from_its_paper_gives_the_same(changes):

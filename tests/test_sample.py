@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import rounding
 from PIL import Image
 
 import sample
 from autoencoder import Autoencoder, AutoencoderConfig, check_scale
 from diffusion import SAMPLERS, guided
-from pipeline import Pipeline, device_of
+from hardware import device_of
+from pipeline import Pipeline
 from text_encoders import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -43,16 +45,19 @@ def test_saved_and_loaded_is_the_same(run):
     assert torch.equal(model.generate(CAPTIONS, steps=3), again.generate(CAPTIONS, steps=3))
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_picture_depends_on_prompt_and_seed_alone(run, sampler):
     model = Pipeline.load(run)
     together = model.generate(CAPTIONS, seed=3, sampler=sampler, steps=4).int()
     alone = model.generate(CAPTIONS[1:2], seed=3, sampler=sampler, steps=4).int()
-    assert (together[1:2] - alone).abs().max() <= 1  # rounding of the last bit at most
-    assert (together[1:2] - model.generate(CAPTIONS[1:2], seed=4, sampler=sampler, steps=4).int()).abs().max() > 5
-    assert (together[0] - together[1]).abs().max() > 5
+    # of 255 levels one at most: what fp32 rounds otherwise in a batch of three is far less, but may lie on either side of a half
+    assert (together[1:2] - alone).abs().max() <= 1
+    assert (together[1:2] - model.generate(CAPTIONS[1:2], seed=4, sampler=sampler, steps=4).int()).abs().max() > 10
+    assert (together[0] - together[1]).abs().max() > 10
 
 
+@pytest.mark.rounding
 def test_null_text_of_training_and_sampling_is_one_object(run):
     """With guidance 0 only the null pass counts: the prompt's words, its length included, must leave no trace; and a
     change of the one null parameter changes both what training with a dropped caption and what sampling sees."""
@@ -63,16 +68,17 @@ def test_null_text_of_training_and_sampling_is_one_object(run):
     sampled = guided(
         model.transformer, dict(text=text, mask=masks, dropped=~dropped), dict(text=text, mask=masks, dropped=dropped), 0.0
     )
-    torch.testing.assert_close(sampled(x, t), trained)
+    near = lambda found, expected: (found - expected).abs().max() <= rounding(expected, sums=10 * 96)  # 2 blocks of 5 products
+    assert near(sampled(x, t), trained)
     with torch.no_grad():
         model.transformer.condition.null[0].add_(1.0)
     changed = model.transformer(x, t, text, masks, dropped)
-    assert (changed - trained).abs().max() > 1e-4
-    torch.testing.assert_close(sampled(x, t), changed)
+    assert (changed - trained).abs().max() > 10 * rounding(changed, sums=10 * 96)
+    assert near(sampled(x, t), changed)
     assert [name for name, _ in model.named_parameters() if "null" in name] == ["transformer.condition.null.0"]
 
 
-def test_commands(run, tmp_path):
+def test_commands(run, tmp_path, monkeypatch):
     def call(*arguments, code=0):
         result = subprocess.run(
             [sys.executable, ROOT / "sample.py", *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
@@ -81,14 +87,21 @@ def test_commands(run, tmp_path):
         assert "Traceback" not in result.stderr
         return result
 
-    common = ["--checkpoint", run, "--steps", 2]
+    def refused(*arguments):
+        with pytest.raises((ValueError, OSError)) as error:
+            sample.main([*map(str, arguments)])
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    common = ["--checkpoint", run, "--steps", 2, "--precision", "fp32"]
+    monkeypatch.chdir(tmp_path)
     result = call("a red circle", "a zebra", *common, "--zoom", 1)
     assert 'in "a zebra" no training caption had: zebra' in result.stderr
     assert Image.open(tmp_path / "samples.png").width == 2 * 32 + 12
     (tmp_path / "list.txt").write_text("a red circle\n\na star\n")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe")
-    call("--prompts", "list.txt", "--out", "many", *common)
-    call("--prompts", "list.txt", "--grid", "--out", "new/grid.png", "--zoom", 1, *common)
+    sample.main(["--prompts", "list.txt", "--out", "many", *map(str, common)])
+    sample.main(["--prompts", "list.txt", "--grid", "--out", "new/grid.png", "--zoom", "1", *map(str, common)])
     assert Image.open(tmp_path / "new" / "grid.png").width == 2 * 32 + 12
     assert sorted(p.name for p in (tmp_path / "many/samples").iterdir()) == ["a red circle_000000.png", "a star_000001.png"]
     first = np.asarray(Image.open(tmp_path / "many/samples/a red circle_000000.png")).astype(int)
@@ -96,8 +109,8 @@ def test_commands(run, tmp_path):
     assert abs(first - model.generate(["a red circle"], steps=2)[0].permute(1, 2, 0).numpy()).max() <= 1
     for arguments, message in (
         (["a star", "--sampler", "euler", *common], "sampler 'euler' is not one of ddpm, ddim, dpm, sde"),
+        (["a star", "--checkpoint", run, "--precision", "fp16"], "--precision fp16: not one of auto, fp32, bf16"),
         (["a star", "--checkpoint", run, "--steps", 2000], "2000 sampling steps asked for, 1 to 1000 are possible"),
-        (["a star", "--lamda-t", 3], "did you mean --lambda-t?"),
         ([], "no prompt"),
         (["  "], "no prompt"),
         (["a star"], "no run found in runs/"),
@@ -108,8 +121,9 @@ def test_commands(run, tmp_path):
         (["a star", "--batch-size", 0, *common], "--batch-size 0: must be at least 1"),
         (["a star", "--image-size", "40x30", *common], "--image-size 40x30: must be a multiple of 16, or two"),
     ):
-        result = call(*arguments, code=1)
-        assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+        assert message in refused(*arguments)
+    result = call("a star", "--lamda-t", 3, code=1)
+    assert result.stderr.strip() == "sample.py: unknown flag --lamda-t; did you mean --lambda-t?"
 
 
 def test_autoencoder_shapes_scale_and_warning():
@@ -158,11 +172,13 @@ def test_under_torchrun_each_process_has_a_gpu_of_its_own(monkeypatch):
         device_of()
 
 
+@pytest.mark.rounding
 def test_lists_of_prompts_become_the_folder_that_t2i_compbench_reads(run, tmp_path, monkeypatch):
     """PROMPT_NUMBER.png, numbered on from prompt to prompt; in shares, and going on where it stopped."""
     table = tmp_path / "parti.tsv"
     table.write_text("Prompt\tCategory\na red circle\tAbstract\na big pink/blue_star\tWorld\n", encoding="utf-8")
     flags = ["--prompts", str(table), "--per-prompt", "3", "--checkpoint", str(run), "--steps", "2", "--out", str(tmp_path / "out")]
+    flags += ["--precision", "fp32"]
     names = [f"a red circle_00000{i}.png" for i in range(3)] + [f"a big pink blue star_00000{i}.png" for i in range(3, 6)]
     folder, written = tmp_path / "out" / "samples", lambda: {p.name for p in (tmp_path / "out" / "samples").iterdir()}
     monkeypatch.setenv("RANK", "1")
@@ -172,14 +188,17 @@ def test_lists_of_prompts_become_the_folder_that_t2i_compbench_reads(run, tmp_pa
     monkeypatch.setenv("RANK", "0")
     sample.main(flags)
     assert written() == set(names)
-    first = [(folder / name).read_bytes() for name in names]
-    assert len(set(first)) == 6  # no two alike
+    read = lambda name: np.asarray(Image.open(folder / name)).astype(int)
+    first = [read(name) for name in names]
+    apart = min(abs(a - b).max() for i, a in enumerate(first) for b in first[:i])
+    assert apart > 10  # no two alike
     (folder / names[2]).unlink()
     (folder / names[0]).write_bytes(b"kept")
     monkeypatch.setenv("WORLD_SIZE", "1")
     sample.main(flags)
-    again = [(folder / name).read_bytes() for name in names]
-    assert again[0] == b"kept" and again[1:] == first[1:]
+    assert (folder / names[0]).read_bytes() == b"kept"
+    # drawn in a batch of another size: fp32 rounds a pixel, of 255 levels, to a neighbouring one at most
+    assert all(abs(read(name) - before).max() <= 1 for name, before in zip(names[1:], first[1:]))
     assert sample.read_prompts(table) == ["a red circle", "a big pink/blue_star"]
     assert len(sample.file_name("x" * 500, 3, ".png").encode()) < 255
     assert all(name.rpartition("_")[2] == f"{i:06d}.png" and name.count("_") == 1 for i, name in enumerate(names))

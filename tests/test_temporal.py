@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import rounding
 
 from diffusion import guided, guided_motion
 from dit import GenTron, ModelConfig, sincos
@@ -25,7 +26,9 @@ def batch(dtype=torch.float32):
     return x, t, (text,), (mask,)
 
 
-def test_the_inflated_model_equals_the_image_model_on_every_frame_to_the_bit():
+@pytest.mark.rounding
+def test_the_inflated_model_equals_the_image_model_on_every_frame():
+    """Up to rounding, for a clip's products have more rows than a picture's: 2 blocks of 5 products, in sums of at most 128."""
     image = random_weights(GenTron(ModelConfig(**SMALL)))
     video = GenTron(ModelConfig(**SMALL, temporal=True))
     new = inflate(video, image.state_dict())
@@ -35,7 +38,8 @@ def test_the_inflated_model_equals_the_image_model_on_every_frame_to_the_bit():
     with torch.no_grad():
         clip = video(x, t, text, mask)
         for i in range(F):
-            assert torch.equal(clip[:, i], image(x[:, i], t, text, mask))
+            alone = image(x[:, i], t, text, mask)
+            assert (clip[:, i] - alone).abs().max() <= rounding(alone, sums=10 * 128)
     optimizer = torch.optim.SGD(video.parameters(), lr=0.1)
     before = {name: p.detach().clone() for name, p in video.named_parameters()}
     for _ in range(2):  # at first only the output projection has a gradient
@@ -68,6 +72,7 @@ def test_under_the_motion_free_mask_a_frame_sees_itself_alone(motion_free):
         assert all(not torch.allclose(a[:, i], b[:, i], atol=1e-6) for i in range(F))
 
 
+@pytest.mark.rounding
 def test_frames_may_have_timesteps_of_their_own():
     """Under the motion-free mask a clip is then so many pictures, each at its own; and where all are equal, they are one."""
     video = random_weights(GenTron(ModelConfig(**SMALL, temporal=True)))
@@ -76,10 +81,12 @@ def test_frames_may_have_timesteps_of_their_own():
     with torch.no_grad():
         clip = video(x, t, text, mask, motion_free=True)
         for i in range(F):
-            torch.testing.assert_close(clip[:, i], video(x[:, i : i + 1], t[:, i], text, mask, motion_free=True)[:, 0])
+            alone = video(x[:, i : i + 1], t[:, i], text, mask, motion_free=True)[:, 0]
+            assert (clip[:, i] - alone).abs().max() <= rounding(alone, sums=10 * 128)  # as above
         same = video(x, t[:, :1].expand(B, F), text, mask)
-        torch.testing.assert_close(same, video(x, t[:, 0], text, mask))
-        assert not torch.allclose(same, video(x, t, text, mask), atol=1e-3)
+        one = video(x, t[:, 0], text, mask)
+        assert (same - one).abs().max() <= rounding(one, sums=10 * 128)
+        assert (same - video(x, t, text, mask)).abs().max() > 10 * rounding(one, sums=10 * 128)
 
 
 def test_each_clip_of_a_batch_has_its_own_mask_and_the_shortcut_equals_it():

@@ -23,7 +23,7 @@ from muon import Muon, orthogonalise
 from pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--steps", "6", "--batch-size", "4", "--log-every", "2", "--sample-every", "100", "--checkpoint-every", "3"]
+TINY = ["--steps", "6", "--batch-size", "4", "--log-every", "2", "--sample-every", "-1", "--checkpoint-every", "3"]
 
 
 @pytest.fixture(scope="module")

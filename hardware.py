@@ -1,0 +1,77 @@
+"""The machine that a command runs on: which device, and in which precision it multiplies.
+
+    fp32    products are computed in fp32, on every processor: torch's own setting, "highest", which no file here changes
+    bf16    products are computed in bf16 and summed in fp32 (torch.autocast); weights, residuals and samplers stay in fp32
+    auto    bf16 where this machine multiplies it faster than fp32, which is measured once; a run keeps what was chosen
+"""
+import functools
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+PRECISIONS = ("auto", "fp32", "bf16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def device_of(name="auto"):
+    """"auto", or a device's name as torch writes it → torch.device; auto is cuda, else mps, else cpu. ValueError if this
+    machine does not have the named one."""
+    if name == "auto":
+        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of this process on its machine
+        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: not to be had on this machine with this build of torch; try cpu") from None
+
+
+def processor(device):
+    """The name of the GPU or CPU, with torch's version: what decides which precision is faster."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if device.type == "cpu" and cpuinfo.exists() else []
+    known_by = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    name = next((line.partition(": ")[2] for line in known_by if line.startswith("model name")), platform.processor())
+    bf16 = any(feature in line for line in known_by for feature in ("avx512_bf16", "amx_bf16", "bf16 "))
+    return f"{name or device.type}{', bf16 instructions' * bf16}, torch {torch.__version__}"
+
+
+@functools.cache
+def matmul_rate(device, dtype):
+    """FLOP/s of a square product on this machine, large enough to fill it; measured once."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def faster_precision(device):
+    """"bf16" or "fp32", whichever products are computed faster in. With instructions for it, bf16 is faster by far; without,
+    slower by far."""
+    faster = matmul_rate(device, torch.bfloat16) > matmul_rate(device, torch.float32)
+    return "bf16" if faster else "fp32"
+
+
+def precision_of(precision, device, chosen=None):
+    """--precision → "fp32" or "bf16". chosen: {"processor", "precision"} of the run that this goes on with or draws from: on
+    the same processor "auto" is what it was. ValueError for another name."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision {precision}: not one of {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    if chosen and chosen["processor"] == processor(device):
+        return chosen["precision"]
+    return faster_precision(device)
+
+
+def products_in(precision, device):
+    """A context in which products are computed in "fp32" or "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
