@@ -32,16 +32,16 @@ from PIL import Image
 from tqdm import tqdm
 
 import attention
-import clips
-import data
-import pictures
-import shapes
-from clips import MOTIONS
-from hardware import device_of, precision_of
-from judge import judge, judge_clip, look
+from data import clips
+from data import folder as data
+from common import figures as pictures
+from data import shapes
+from data.clips import MOTIONS
+from common.hardware import device_of, precision_of
+from evaluation.judge import judge, judge_clip, look
 from pipeline import Pipeline, from_bytes
 from sample import newest_run, parse_flags
-from shapes import TEXTURES, Thing
+from data.shapes import TEXTURES, Thing
 
 COLUMNS = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import autoencoder as autoencoders
-import weights
+from encoders import autoencoder as autoencoders
+from encoders import weights
 from diffusion import SAMPLERS, Diffusion, gaussian, guided, guided_motion
 from dit import GenTron, ModelConfig
-from hardware import products_in
-from text_encoders import CLIPConfig, T5Config, T5Encoder, Tokenizer, load_clip, load_t5
+from common.hardware import products_in
+from encoders.t5 import CLIPConfig, T5Config, T5Encoder, Tokenizer, load_clip, load_t5
 
 # Published encoders, by name: (folder, dtype) → tokenizer, encoder; their config.json; and how conditioning.py takes them.
 LOADERS = {"clip": load_clip, "t5": load_t5}

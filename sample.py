@@ -25,8 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import attention
-import pictures
-from hardware import device_of, precision_of
+from common import figures as pictures
+from common.hardware import device_of, precision_of
 from pipeline import Pipeline
 
 

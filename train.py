@@ -19,26 +19,26 @@ import torch
 from tqdm import tqdm
 
 import attention
-import autoencoder as autoencoders
-import checkpoints
-import clips
-import data
-import distributed
-import dryrun
-import latents as cached
-import pictures
-import weights
-from autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
+from encoders import autoencoder as autoencoders
+from training import checkpoints
+from data import clips
+from data import folder as data
+from training import distributed
+from evaluation import dry_run as dryrun
+from data import latent_cache as cached
+from common import figures as pictures
+from encoders import weights
+from encoders.autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from diffusion import gaussian
 from dit import SIZES, ModelConfig, initialise
-from latents import LatentCache
-from hardware import DTYPES, device_of, precision_of, processor
-from loop import Ahead, batch_indices, fit, generator_of, row_generators
+from data.latent_cache import LatentCache
+from common.hardware import DTYPES, device_of, precision_of, processor
+from training.loop import Ahead, batch_indices, fit, generator_of, row_generators
 from pipeline import NULL_TOKENS, POOLING, READERS, Pipeline, from_bytes, to_bytes, words_of
-from recipes import read_flags
-from shards import TarShards
+from training.recipes import read_flags
+from data.tar_shards import TarShards
 from temporal import inflate
-from text_encoders import T5Config, Tokenizer
+from encoders.t5 import T5Config, Tokenizer
 
 
 def report_skipped(dataset):

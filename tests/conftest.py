@@ -27,7 +27,7 @@ def rounding(expected, sums):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of 20 small pictures with captions, `data`, and in `ae` an autoencoder trained on them for a moment."""
-    import shapes
+    from data import shapes
     import train
 
     root = tmp_path_factory.mktemp("pictures")
@@ -38,6 +38,16 @@ def pictures(tmp_path_factory):
         (root / "data" / f"{i}.txt").write_text(caption)
     train.main(["autoencoder", "--data", str(root / "data"), "--image-size", "32", "--steps", "2", "--out", str(root / "ae")])
     return root
+
+
+@pytest.fixture(scope="session")
+def byte_pairs(tmp_path_factory):
+    """A folder with CLIP's merges.txt and vocab.json, as on the hub."""
+    from oracles import write_byte_pairs
+
+    folder = tmp_path_factory.mktemp("byte_pairs")
+    write_byte_pairs(folder)
+    return folder
 
 
 def fake_cuda(module):

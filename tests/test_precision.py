@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffusion
-import hardware
+from common import hardware
 import sample
 import train
 from pipeline import Pipeline

@@ -4,13 +4,12 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from test_autoencoder import oracle
-from test_published_text import byte_pairs, clip, save, t5  # noqa: F401 (byte_pairs is a fixture)
+from oracles import clip, oracle, save, t5
 
 import sample
-import shapes
+from data import shapes
 import train
-import weights
+from encoders import weights
 from pipeline import Pipeline
 
 FLAGS = ["--steps", "2", "--batch-size", "4", "--image-size", "32"]

@@ -9,11 +9,11 @@ from conftest import rounding
 from PIL import Image
 
 import sample
-from autoencoder import Autoencoder, AutoencoderConfig, check_scale
+from encoders.autoencoder import Autoencoder, AutoencoderConfig, check_scale
 from diffusion import SAMPLERS, guided
-from hardware import device_of
+from common.hardware import device_of
 from pipeline import Pipeline
-from text_encoders import Tokenizer
+from encoders.t5 import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 CAPTIONS = ["a red circle above a blue square", "a small green cross", "a big pink star"]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from oracles import p_sample_loop, space_timesteps
 
 from diffusion import Diffusion, ddim, ddpm, dpm_sde, dpm_solver
 
@@ -106,37 +107,6 @@ def test_ddpm(schedule, target, steps, spacing, learned):
     x = start()
     theirs = their_trajectory(scheduler, x, learned, generator=seeds(len(x)))
     assert_same(our_trajectory(ddpm, diffusion, x, steps, learned), theirs)
-
-
-def space_timesteps(steps, count):
-    """improved-diffusion's rule for one section: from 0, in equal strides, both ends included, rounded."""
-    stride, at, taken = (steps - 1) / max(count - 1, 1), 0.0, []
-    for _ in range(count):
-        taken.append(round(at))
-        at += stride
-    return taken
-
-
-def p_sample_loop(model, x, count, generators):
-    """DiT's sampling of model(x, t): 250 respaced steps, learned_range, nothing clipped; by Nichol & Dhariwal 2021, on the
-    numbers of the shorter chain: its β from the products of the steps kept, its own log β̃, clipped at the first."""
-    kept = space_timesteps(1000, count)
-    bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[kept]
-    bar_before = np.append(1.0, bar[:-1])
-    beta = 1 - bar / bar_before
-    variance = beta * (1 - bar_before) / (1 - bar)
-    low, high = np.log(np.append(variance[1], variance[1:])), np.log(beta)
-    states, x = [x], x.numpy()
-    for i in reversed(range(count)):
-        output = model(torch.from_numpy(x), torch.full((len(x),), kept[i])).numpy()
-        noise, share = output[:, : x.shape[1]], (output[:, x.shape[1] :] + 1) / 2
-        x0 = x / np.sqrt(bar[i]) - np.sqrt(1 / bar[i] - 1) * noise
-        mean = np.sqrt(bar_before[i]) * beta[i] * x0 + np.sqrt(1 - beta[i]) * (1 - bar_before[i]) * x
-        z = np.stack([torch.randn(x.shape[1:], generator=g).numpy() for g in generators])
-        spread = np.exp(0.5 * (share * high[i] + (1 - share) * low[i]))
-        x = mean / (1 - bar[i]) + (i > 0) * spread * z
-        states.append(torch.from_numpy(x))
-    return kept[::-1], states
 
 
 @pytest.mark.parametrize("count", [250, 50])

@@ -9,17 +9,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import checkpoints
-import clips
+from training import checkpoints
+from data import clips
 import evaluate
-import loop
-import recipes
+from training import loop
+from training import recipes
 import sample
-import shapes
+from data import shapes
 import train
-import weights
+from encoders import weights
 from dit import GenTron
-from muon import Muon, orthogonalise
+from training.optimizers import Muon, orthogonalise
 from pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent

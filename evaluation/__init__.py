@@ -1,0 +1,1 @@
+"""The judge of evaluate.py, the benchmark of speed, the dry run, and the published DiT."""

@@ -1,0 +1,143 @@
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import clips
+from data import shapes
+
+
+def test_clips_are_true_to_their_captions():
+    drawn = clips.MovingShapes(count=300, seed=1)
+    assert drawn.captions == clips.MovingShapes(count=300, seed=1).captions
+    assert 0.57 < np.mean([len(scenes[0]) == 2 for scenes in drawn.scenes]) < 0.77  # two of three have two things
+    for scenes, caption in zip(drawn.scenes, drawn.captions):
+        assert len(scenes) == 8
+        for thing in sum(scenes, []):  # inside of the picture, but for 0.03
+            for place, share in zip((thing.x, thing.y), shapes.BOXES[thing.shape]):
+                assert share * thing.r - 0.03 <= place <= 1.03 - share * thing.r
+        told = re.findall("|".join(sorted(clips.MOTIONS, key=len, reverse=True)), caption)
+        for i, (first, second, last) in enumerate(zip(scenes[0], scenes[1], scenes[-1])):
+            dx, dy = np.sign([round(last.x - first.x, 6), round(last.y - first.y, 6)])
+            growth = np.sign(round(last.r - first.r, 6))
+            name = next(n for n, m in clips.MOTIONS.items() if m == (dx, dy, growth))
+            assert name == told[min(i, len(told) - 1)], (caption, name)
+            assert first.colour in clips.COLOURS and first.texture in clips.TEXTURES and not first.unseen
+            ways = [shapes.cells_for(share * max(first.r, last.r)) for share in shapes.BOXES[first.shape]]
+            for a, b, moves, way in zip((first.x, first.y), (last.x, last.y), (dx, dy), ways):
+                assert not moves or (a, b) == ((way[0], way[-1]) if moves > 0 else (way[-1], way[0]))
+            assert 4 * second.x % 1 == 0.5 and f"{first.colour} {first.shape}" in caption
+        for relation in (*shapes.RELATIONS, *shapes.COMPARISONS):
+            if f" {relation} " in caption:
+                a, b = scenes[0]
+                one = caption.index(shapes.noun(a, False).split(" ", 1)[1]) <= caption.index(shapes.noun(b, False).split(" ", 1)[1])
+                assert shapes.noun(a, False) == shapes.noun(b, False) or all(
+                    shapes.holds(relation, *(s if one else s[::-1])) for s in scenes
+                ), caption
+
+
+def test_what_does_not_move_along_an_axis_stands_in_the_order_of_the_caption():
+    """From left to right; where something moves sideways, from top to bottom. A relation goes before."""
+    drawn, seen = clips.MovingShapes(count=600, seed=2), {"x": 0, "y": 0}
+    for scenes, caption in zip(drawn.scenes, drawn.captions):
+        if len(scenes[0]) < 2 or any(f" {relation} " in caption for relation in shapes.RELATIONS):
+            continue
+        moving = {axis: [getattr(a, axis) != getattr(b, axis) for a, b in zip(scenes[0], scenes[-1])] for axis in "xy"}
+        axis = "y" if any(moving["x"]) else "x"
+        if not any(moving[axis]):
+            seen[axis] += 1
+            assert all(getattr(a, axis) < getattr(b, axis) for a, b in scenes), caption
+    assert min(seen.values()) > 20
+
+
+def test_neighbours_are_the_same_clip_backwards():
+    drawn = clips.MovingShapes(count=6)
+    forth, back = drawn.clips([0, 2, 4]), drawn.clips([1, 3, 5])
+    assert forth.shape == (3, 8, 3, 64, 64) and forth.dtype == torch.uint8
+    assert torch.equal(forth, back.flip(1)) and torch.equal(forth, drawn.clips([0, 2, 4])) and (forth[:, 0] != forth[:, 7]).any()
+
+
+def frames(count=8, size=40):
+    """A dark square that moves."""
+    made = []
+    for i in range(count):
+        array = np.full((size, size + 8, 3), 255, np.uint8)
+        array[10:20, 2 + 3 * i : 12 + 3 * i] = (200, 0, 0)
+        made.append(Image.fromarray(array))
+    return made
+
+
+def left_edge(clip):
+    """Where the dark square begins in each frame of (F, S, S, 3)."""
+    return [int((frame[:, :, 1] < 128).any(0).argmax()) for frame in clip]
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_animations_go_by_duration(tmp_path, kind):
+    """Three pictures shown for 500, 250 and 250 ms are four frames at 4 frames a second."""
+    a, b, c = frames(3)
+    a.save(tmp_path / f"x.{kind}", save_all=True, append_images=[b, c], duration=[500, 250, 250], lossless=True)
+    clip, length = clips.open_clip(tmp_path / f"x.{kind}", 40, 6, 4)
+    assert clip.shape == (6, 40, 40, 3) and clip.dtype == np.uint8 and length == 4
+    edges = left_edge(clip)
+    assert edges[0] == edges[1] < edges[2] < edges[3] == edges[4] == edges[5]  # the last one is held
+
+
+def save(folder, name, caption="a thing that moves", **options):
+    made = options.pop("frames", frames())
+    made[0].save(folder / name, save_all=True, append_images=made[1:], duration=250, **options)
+    if caption is not None:
+        (folder / name).with_suffix(".txt").write_text(caption)
+
+
+def test_a_folder_of_clips_and_what_cannot_be_used(tmp_path):
+    save(tmp_path, "good.gif")
+    save(tmp_path, "good2.webp")
+    save(tmp_path, "short.gif", frames=frames(3))
+    save(tmp_path, "still.gif", frames=[frames()[0]] * 5)
+    save(tmp_path, "silent.gif", caption=None)
+    save(tmp_path, "empty.gif", caption=" ")
+    (tmp_path / "cut.webp").write_bytes((tmp_path / "good2.webp").read_bytes()[:200])
+    (tmp_path / "cut.txt").write_text("cut short")
+    (tmp_path / "film.mp4").write_bytes(b"no film at all")
+    (tmp_path / "film.txt").write_text("no film")
+    (tmp_path / "sequence.1").mkdir()
+    for i, frame in enumerate(frames(9)):
+        frame.save(tmp_path / "sequence.1" / f"{i:03d}.png")
+    (tmp_path / "sequence.1.txt").write_text("a folder of frames")
+    found = clips.ClipFolder(tmp_path, 32, 8, 4)
+    assert sorted(found.captions) == ["a folder of frames"] + ["a thing that moves"] * 3
+    assert found.held == 1 and found.clips([0, 1, 2, 3]).shape == (4, 8, 3, 32, 32)
+    reasons = {path.name: reason for path, reason in found.skipped}
+    assert set(reasons) == {"still.gif", "silent.gif", "empty.gif", "cut.webp", "film.mp4"}
+    assert "nothing moves" in reasons["still.gif"] or "a single picture" in reasons["still.gif"]
+    assert "no caption" in reasons["silent.gif"] and "the caption is empty" in reasons["empty.gif"]
+    assert "ffmpeg" in reasons["film.mp4"]
+
+
+def test_films_without_ffmpeg_say_so(tmp_path, monkeypatch):
+    (tmp_path / "film.mp4").write_bytes(b"")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="install the program ffmpeg"):
+        clips.open_clip(tmp_path / "film.mp4", 32, 8, 4)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the program ffmpeg is not installed")
+def test_films(tmp_path):
+    for i, frame in enumerate(frames(16)):
+        frame.save(tmp_path / f"{i:03d}.png")
+    film = tmp_path / "film.mp4"
+    subprocess.run(["ffmpeg", "-v", "error", "-r", "8", "-i", tmp_path / "%03d.png", "-pix_fmt", "yuv420p", film], check=True)
+    clip, length = clips.open_clip(film, 40, 5, 4)  # two seconds at 8 frames a second: every second frame
+    assert length == 5 and left_edge(clip) == sorted(set(left_edge(clip)))
+
+
+def test_nothing_usable(tmp_path):
+    with pytest.raises(ValueError, match="there is no such folder"):
+        clips.ClipFolder(tmp_path / "none")
+    with pytest.raises(ValueError, match="no usable clip"):
+        clips.ClipFolder(tmp_path)

@@ -1,0 +1,177 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import folder as data
+from data import emoji
+from data import shapes
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_shapes_have_equal_area_true_distance_and_their_box(shape):
+    axis = np.linspace(-2, 2, 801)
+    x, y = np.meshgrid(axis, axis)
+    d = shapes.distance(shape, x, y)
+    assert (d < 0).mean() * 16 == pytest.approx(np.pi, rel=0.01)
+    edge = abs(d) < 0.03
+    slope = np.hypot(*np.gradient(d, axis, axis))[edge]
+    assert np.median(slope) == pytest.approx(1, abs=0.02)  # the edge is one pixel wide at any size
+    width, height = shapes.BOXES[shape]
+    for extent, coordinate in ((width, x), (height, y)):
+        assert abs(coordinate[d < 0]).max() == pytest.approx(extent, abs=0.02)
+        if (shape, extent) != ("star", height):  # a star's box reaches as far down as its point does up
+            assert coordinate[d < 0].max() == pytest.approx(-coordinate[d < 0].min(), abs=0.02)
+
+
+def test_scenes_are_true_to_their_captions_and_inside_the_picture():
+    drawn = shapes.Shapes(count=400, seed=3)
+    assert drawn.captions == shapes.Shapes(count=400, seed=3).captions
+    for things, caption in zip(drawn.scenes, drawn.captions):
+        for relation in (*shapes.RELATIONS, *shapes.COMPARISONS):
+            if f" {relation} " in caption:
+                # the caption may name them in either order
+                names = [shapes.noun(thing, size=relation not in shapes.COMPARISONS) for thing in things[:2]]
+                a, b = things[:2] if caption.index(names[0]) <= caption.index(names[1]) else things[1::-1]
+                assert names[0] == names[1] or shapes.clear(relation, a, b), caption
+                if relation in shapes.RELATIONS:  # each as far to its side as it may be
+                    axis, half = ("y", 1) if relation in ("above", "below") else ("x", 0)
+                    for thing, end in zip(sorted(things[:2], key=lambda thing: getattr(thing, axis)), (0, -1)):
+                        assert getattr(thing, axis) == shapes.cells_for(shapes.BOXES[thing.shape][half] * thing.r)[end], caption
+                        across = getattr(thing, "xy".replace(axis, ""))
+                        assert abs(across - 0.5) < 0.25 or len(things) == 3, caption  # in the middle, where there is room for it
+        for thing in things:
+            width, height = (share * thing.r for share in shapes.BOXES[thing.shape])
+            for half, centre in ((width, thing.x), (height, thing.y)):
+                assert half - 0.03 <= centre <= 1.03 - half and 4 * centre % 1 == 0.5  # in the middle of a cell
+            assert thing.colour in caption and thing.shape in caption and not thing.unseen
+
+
+def test_captions_tell_where_things_stand():
+    """By words of place, which are true of all things; or from left to right. Mirror images keep to it."""
+    drawn, told, inorder = shapes.Shapes(count=600, seed=4), 0, []
+    words = {" at the top": ("y", -1), " at the bottom": ("y", 1), " on the left": ("x", -1), " on the right": ("x", 1)}
+    for k, (things, caption) in enumerate(zip(drawn.scenes, drawn.captions)):
+        if any(f" {relation} " in caption for relation in shapes.RELATIONS):
+            continue
+        found = [word for word in words if word in caption]
+        if found:
+            told += 1
+            rest = caption
+            for thing in things:  # each name is followed by its words
+                rest = rest.split(shapes.noun(thing), 1)[1]
+                axis, side = next(words[word] for word in words if rest.startswith(word))
+                assert (getattr(thing, axis) - 0.5) * side > 0, caption
+        else:
+            sizes = not any(f" {comparison} " in caption for comparison in shapes.COMPARISONS)
+            rest = caption
+            for thing in things:  # named in their order
+                rest = rest.split(shapes.noun(thing, sizes), 1)[1]
+            assert len(things) != 2 or things[0].x < things[1].x, caption
+            if len(things) == 3:
+                inorder.append(things[0].x <= things[1].x <= things[2].x)
+        if k % 2 and not found:  # the mirror image of the scene before
+            assert [(t.x, 1 - t.y) for t in things] == [(t.x, t.y) for t in drawn.scenes[k - 1]] and caption == drawn.captions[k - 1]
+    assert 40 < told < 160 and len(inorder) > 40 and 0.8 < np.mean(inorder) < 1  # three do not always have room
+
+
+def test_a_clear_relation_stays_true_if_a_thing_two_away_is_drawn_a_cell_aside():
+    place = lambda x, y: shapes.Thing("circle", "red", x=(x + 0.5) / 4, y=(y + 0.5) / 4)
+    for x1, y1, x2, y2 in itertools.product(range(4), repeat=4):
+        if shapes.clear("above", place(x1, y1), place(x2, y2)):
+            assert shapes.clear("left of", place(y1, x1), place(y2, x2)) and shapes.clear("below", place(x2, y2), place(x1, y1))
+            assert shapes.holds("above", place(x1, y1), place(x2, y2))
+            assert y2 == y1 + 1 or all(shapes.holds("above", place(x1, y1), place(x2 + aside, y2)) for aside in (-1, 1))
+    assert shapes.clear("above", place(1, 0), place(1, 1)) and not shapes.clear("above", place(0, 0), place(1, 2))
+
+
+def test_pictures_scale_with_size():
+    small = shapes.Shapes(64, count=4).pictures([1, 2]).float()
+    big = shapes.Shapes(256, count=4).pictures([1, 2]).float()
+    assert small.shape == (2, 3, 64, 64)
+    assert (torch.nn.functional.avg_pool2d(big, 4) - small).abs().mean() < 3
+
+
+def save(folder, name, image, caption="a thing", **options):
+    image.save(folder / name, **options)
+    (folder / name).with_suffix(".txt").write_text(caption)
+
+
+def red(mode="RGB", size=(40, 30)):
+    return Image.new("RGB", size, (250, 0, 0)).convert(mode)
+
+
+def test_every_usable_kind_of_picture_is_read(tmp_path):
+    save(tmp_path, "rgb.png", red())
+    save(tmp_path, "palette.png", red("P"))
+    save(tmp_path, "grey.png", red("L"))
+    save(tmp_path, "cmyk.jpg", red("CMYK"))
+    save(tmp_path, "web.webp", red())
+    clear = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    save(tmp_path, "clear.png", clear)
+    save(tmp_path, "deep.png", Image.fromarray(np.full((40, 40), 40000, np.uint16)))
+    turned = Image.new("RGB", (60, 30), "white")
+    turned.paste((250, 0, 0), (0, 0, 20, 30))  # red on the left; the tag says: turn by 90° to the right
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path, "turned.jpg", turned, exif=exif)
+    folder = data.Folder(tmp_path, 16)
+    assert not folder.skipped and len(folder.captions) == 8
+    names = sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".txt")
+    pictures = dict(zip(names, folder.pictures(range(8))))
+    for name in ("rgb.png", "palette.png", "cmyk.jpg", "web.webp"):
+        assert pictures[name][0].float().mean() > 220 and pictures[name][1].float().mean() < 40, name
+    assert (pictures["clear.png"] == 255).all()  # transparency lies on white
+    assert abs(pictures["deep.png"].float().mean() - 155.6) < 2
+    assert pictures["turned.jpg"][1, 0].float().mean() < pictures["turned.jpg"][1, -1].float().mean() - 50  # red above
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
+    save(tmp_path, "good.png", red(), "  a   red\nthing ")
+    save(tmp_path, "tiny.png", red(size=(1, 1)))
+    save(tmp_path, "wide.png", red(size=(20000, 10)))
+    save(tmp_path, "empty caption.png", red(), " \n")
+    red().save(tmp_path / "no caption.png")
+    save(tmp_path, "latin.png", red())
+    (tmp_path / "latin.txt").write_bytes("Äpfel".encode("latin-1"))
+    save(tmp_path, "zero.png", red())
+    (tmp_path / "zero.png").write_bytes(b"")
+    save(tmp_path, "cut.jpg", Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:700])
+    save(tmp_path, "long.png", red(), "red " * 5000)
+    folder = data.Folder(tmp_path, 16)
+    assert folder.captions[0] == "a red thing" and len(folder.captions) == 2
+    reasons = {path.name: reason for path, reason in folder.skipped}
+    expected = {
+        "tiny.png": "1×1", "wide.png": "20000×10", "empty caption.png": "empty", "no caption.png": "no caption.txt",
+        "latin.png": "UTF-8", "zero.png": "not a whole picture", "cut.jpg": "not a whole picture",
+    }  # fmt: skip
+    assert set(reasons) == set(expected)
+    for name, words in expected.items():
+        assert words.replace("no caption.txt", "is missing") in reasons[name]
+
+
+def test_one_listing_for_all(tmp_path):
+    red().save(tmp_path / "a.png")
+    lines = [json.dumps(dict(file="a.png", caption="red")), "{broken", json.dumps(dict(file="b.png", caption="gone"))]
+    (tmp_path / "captions.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
+    folder = data.Folder(tmp_path, 16)
+    assert folder.captions == ["red"]
+    assert [str(path).rsplit("/", 1)[-1] for path, _ in folder.skipped] == [
+        "captions.jsonl, line 2", "b.png", "captions.jsonl, line 4",
+    ]  # fmt: skip
+
+
+def test_nothing_usable(tmp_path):
+    with pytest.raises(ValueError, match="no usable picture"):
+        data.Folder(tmp_path)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        data.Folder(tmp_path / "gone")
+
+
+def test_a_missing_font_is_said(tmp_path):
+    with pytest.raises(ValueError, match="fonts-noto-color-emoji"):
+        emoji.make_emoji(tmp_path, "/no/such/font.ttf")

@@ -1,0 +1,379 @@
+"""The cache of encoded training data: the same numbers as encoding in every step, whole after any interruption, and refused
+where it does not fit."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import rounding
+from PIL import Image
+from oracles import clip, oracle, save, shake, t5
+
+from encoders import autoencoder as autoencoders
+from data import folder as data
+from data import latent_cache as latents
+from data import shapes
+import train
+from encoders import weights
+from data.latent_cache import LatentCache, check, fingerprint
+from pipeline import LOADERS, Pipeline, from_bytes
+
+ROOT = Path(__file__).parent.parent.parent
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, byte_pairs):
+    """Pictures, an autoencoder of each kind, and text encoders, all tiny and with random weights."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("latents")
+    save(clip(), root / "clip", byte_pairs)
+    save(t5(), root / "t5", byte_pairs)
+    oracle((8, 16, 16, 16), layers=1, norm_num_groups=4, shift_factor=0.1).save_pretrained(root / "vae")
+    mini = shake(autoencoders.Autoencoder(autoencoders.AutoencoderConfig(4, 16)))
+    (root / "mini").mkdir()
+    write_mini(mini, root / "mini")
+    (root / "data").mkdir()
+    drawn = shapes.Shapes(32, count=COUNT)
+    for i, caption in enumerate(drawn.captions):
+        Image.fromarray(shapes.draw(drawn.scenes[i], 32)).save(root / "data" / f"{i}.png")
+        (root / "data" / f"{i}.txt").write_text(caption + ", très joli" * (i % 3))
+    return root
+
+
+def write_mini(model, folder):
+    model.shift.copy_(torch.linspace(-1, 1, 4))
+    model.scale.fill_(1.7)
+    metadata = dict(config=json.dumps(dict(autoencoder=vars(model.config))))
+    weights.write(folder / "model.safetensors", model.state_dict(), metadata)
+
+
+def encode(root, out, *flags, kind="vae", pictures="data"):
+    """Runs the command; the flags may change its own. Returns the cache's folder."""
+    given = dict(data=root / pictures, autoencoder=root / kind, image_size=32, out=out, per_shard=4, batch_size=3, device="cpu")
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    latents.main([*words, *map(str, flags)])
+    return Path(out)
+
+
+def text_flags(root):
+    return "--text", "--clip", root / "clip", "--t5", root / "t5"
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    """A cache with everything in it."""
+    return encode(root, root / "whole", *text_flags(root))
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def one_line(match, function, *arguments):
+    with pytest.raises((ValueError, OSError), match=match) as error:
+        function(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def drawn(autoencoder, pictures, noise):
+    """What a step would encode, with the tolerance that the cache states, and what some twenty convolutions in sums of
+    16·3·3 may round otherwise in a batch of another size."""
+    mean, log_variance = autoencoder.moments(pictures)
+    close = rounding(mean, sums=20 * 144)
+    shift = autoencoder.shift.view(1, -1, 1, 1)
+    spread = (0.5 * log_variance).exp() * noise
+    return (mean + spread - shift) / autoencoder.scale, (mean.abs() / 2048 + spread.abs() / 100 + close) / autoencoder.scale
+
+
+@pytest.mark.rounding
+@pytest.mark.parametrize("kind", ["vae", "mini"])
+@torch.no_grad()
+def test_the_cache_gives_what_encoding_in_every_step_gives(root, tmp_path, kind):
+    cache, autoencoder = LatentCache(encode(root, tmp_path / "cache", kind=kind)), autoencoders.load(root / kind)
+    folder = data.Folder(root / "data", 32)
+    assert cache.captions == folder.captions and len(cache) == COUNT and (cache.group, cache.mirror) == (1, True)
+    pictures = from_bytes(folder.pictures(range(COUNT)))
+    order = torch.randperm(COUNT)
+    noise = torch.randn(COUNT, *cache.shape)
+    straight = cache.read(order)
+    assert straight.dtype is torch.float32 and straight.shape == (COUNT, 4, 4, 4)
+    expected, tolerance = drawn(autoencoder, pictures[order], torch.zeros(()))
+    torch.testing.assert_close(expected, autoencoder.encode(pictures[order]))
+    assert ((straight - expected).abs() <= tolerance).all() and expected.std() > 0.1
+    expected, tolerance = drawn(autoencoder, pictures[order], noise)
+    assert ((cache.read(order, noise=noise) - expected).abs() <= tolerance).all()
+    assert (expected - straight).abs().mean() > 0.1  # the noise counts
+    # mirror images: of each sample either the one or the other
+    flips = torch.randint(2, (COUNT,), generator=torch.Generator().manual_seed(3)).bool()
+    assert 0 < flips.sum() < COUNT
+    turned = torch.where(flips[:, None, None, None], pictures[order].flip(-1), pictures[order])
+    expected, tolerance = drawn(autoencoder, turned, noise)
+    read = cache.read(order, flips.long(), noise)
+    assert ((read - expected).abs() <= tolerance).all()
+    assert (read - cache.read(order, noise=noise))[flips].abs().mean() > 0.05  # mirroring counts
+    with pytest.raises(IndexError, match="no sample 10 among 10"):
+        cache.read([COUNT])
+
+
+@pytest.mark.rounding
+@torch.no_grad()
+def test_shapes_are_not_mirrored_and_keep_their_group(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes.Shapes, "__init__", few_shapes(shapes.Shapes.__init__))
+    cache = LatentCache(encode(root, tmp_path / "cache", "--data", "shapes", "--seed", "5"))
+    assert (cache.group, cache.mirror, len(cache)) == (2, False, 6)
+    assert np.load(tmp_path / "cache/00000.moments.npy").shape == (4, 1, 2, 4, 4, 4)
+    made = shapes.Shapes(32, seed=5)
+    assert cache.captions == made.captions
+    expected, tolerance = drawn(autoencoders.load(root / "vae"), from_bytes(made.pictures(range(6))), torch.zeros(()))
+    for flips in (None, torch.ones(6, dtype=torch.long)):
+        assert ((cache.read(range(6), flips) - expected).abs() <= tolerance).all()
+    assert LatentCache(encode(root, tmp_path / "both", "--data", "shapes", "--mirror", "true")).mirror
+    assert not LatentCache(encode(root, tmp_path / "one", "--mirror", "false")).mirror
+
+
+def few_shapes(init):
+    return lambda self, size=64, count=6, seed=0: init(self, size, 6, seed)
+
+
+@pytest.mark.parametrize("name", ["clip", "t5"])
+@torch.no_grad()
+def test_text_is_what_the_encoder_gives_at_tokens(root, whole, name):
+    cache = LatentCache(whole)
+    tokenizer, encoder = LOADERS[name](root / name, torch.bfloat16)
+    order = torch.randperm(COUNT)
+    tokens, mask = tokenizer([cache.captions[i] for i in order])
+    text, found = cache.text(order, name)
+    assert text.dtype is torch.bfloat16 and torch.equal(found, mask) and len(set(mask.sum(1).tolist())) > 2
+    expected = encoder(tokens, mask)
+    error = (text - expected)[mask].float().abs()  # other neighbours, other padding: the last bits of bf16 may differ
+    assert error.max() <= 0.03 * expected.float().abs().max() and expected.float()[mask].std() > 0.1
+    assert not text[~mask].any()
+    rows = np.load(whole / f"00001.{name}.npy")
+    offsets = np.load(whole / f"00001.{name}.offsets.npy")
+    assert rows.dtype == np.int16 and rows.shape == (sum(tokenizer(cache.captions[4:8])[1].sum(1)), encoder.config.width)
+    assert offsets.tolist() == [0, *tokenizer(cache.captions[4:8])[1].sum(1).cumsum(0).tolist()]
+    short = min(range(COUNT), key=lambda i: len(cache.captions[i]))
+    assert cache.text([short], name)[1].all()  # alone it has no padding
+
+
+def test_an_interrupted_cache_goes_on_to_the_same_bytes(root, whole, tmp_path, monkeypatch):
+    out, put, written = tmp_path / "cache", latents.put, []
+
+    def stops(path, content):
+        written.append(Path(path).name)
+        if Path(path).name == "00001.t5.npy":
+            Path(f"{path}.part").write_bytes(b"half")  # what a killed process leaves
+            raise KeyboardInterrupt
+        put(path, content)
+
+    monkeypatch.setattr(latents, "put", stops)
+    with pytest.raises(SystemExit) as stopped:
+        encode(root, out, *text_flags(root))
+    assert stopped.value.code == 130
+    assert (out / "00000.captions.jsonl").exists() and (out / "00001.moments.npy").exists()
+    one_line("cache: cache.json is missing: encode again to finish", LatentCache, out)
+    written.clear()
+    monkeypatch.setattr(latents, "put", lambda path, content: (written.append(Path(path).name), put(path, content)))
+    encode(root, out, *text_flags(root))
+    assert not any(name.startswith("00000") for name in written) and "00001.moments.npy" in written
+    assert bytes_of(out) == bytes_of(whole) and not any(name.endswith(".part") for name in bytes_of(out))
+    written.clear()
+    encode(root, out, *text_flags(root))  # nothing is left to do
+    assert written == ["begun.json", "cache.json"] and bytes_of(out) == bytes_of(whole)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def breaks(file, array):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", breaks)
+    with pytest.raises(OSError, match="No space left"):
+        latents.put(tmp_path / "x.npy", np.zeros(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy.part"]
+
+
+@pytest.mark.parametrize("name", ["00001.moments.npy", "00002.t5.npy", "00000.clip.offsets.npy", "00001.captions.jsonl"])
+@pytest.mark.parametrize("keep", [None, 0, 0.5, 0.99])
+def test_a_file_that_is_missing_or_cut_is_named_and_mended(root, whole, tmp_path, name, keep):
+    folder = Path(shutil.copytree(whole, tmp_path / "cache"))
+    if keep is None:
+        (folder / name).unlink()
+    else:
+        os.truncate(folder / name, int(keep * (folder / name).stat().st_size))
+    one_line(f"cache/{name} is missing or was cut short", LatentCache, folder)
+    if keep == 0.5:
+        encode(root, folder, *text_flags(root))
+        assert bytes_of(folder) == bytes_of(whole)
+
+
+@torch.no_grad()
+def test_a_cache_of_other_weights_is_refused_by_name(root, whole):
+    cache = LatentCache(whole)
+    autoencoder = autoencoders.load(root / "vae")
+    encoders = {name: LOADERS[name](root / name, torch.bfloat16) for name in LOADERS}
+    check(cache, 32, autoencoder, encoders)
+    check(cache, 32, autoencoder, {})
+    assert str(whole) in one_line("holds pictures of 32 pixels each way, not 64", check, cache, 64, autoencoder, encoders)
+    for name, module in (("autoencoder", autoencoder), *((name, encoders[name][1]) for name in encoders)):
+        weight = list(module.parameters())[-1].view(-1)[:1]
+        before = weight.clone()
+        weight += 0.5
+        assert str(whole) in one_line(f"was made with another {name}: ", check, cache, 32, autoencoder, encoders)
+        weight.copy_(before)
+        check(cache, 32, autoencoder, encoders)
+    encoders["clip"][0].pairs.vocabulary["new"] = 7
+    one_line("was made with another clip", check, cache, 32, autoencoder, encoders)
+    autoencoder.config.scaling_factor *= 2
+    one_line("was made with another autoencoder", check, cache, 32, autoencoder, {})
+
+
+def test_the_text_that_a_cache_lacks_is_named(root, tmp_path):
+    cache = LatentCache(encode(root, tmp_path / "cache", "--text", "--t5", root / "t5"))
+    clips = LOADERS["clip"](root / "clip", torch.bfloat16)
+    autoencoder = autoencoders.load(root / "vae")
+    one_line("holds no text of clip: encode with --text --clip DIR", check, cache, 32, autoencoder, dict(clip=clips))
+
+
+def test_a_published_folder_and_a_run_made_with_it_have_one_fingerprint(root, tmp_path):
+    flags = ["--autoencoder", root / "vae", "--clip", root / "clip", "--out", tmp_path, "--data", root / "data"]
+    train.main(["image", *map(str, flags), "--steps", "1", "--batch-size", "2", "--image-size", "32"])
+    model = Pipeline.load(tmp_path)
+    assert fingerprint(model.autoencoder) == fingerprint(autoencoders.load(root / "vae"))
+    tokenizer, encoder = LOADERS["clip"](root / "clip", torch.bfloat16)
+    assert fingerprint(model.text_encoders[0], model.tokenizers[0]) == fingerprint(encoder, tokenizer)
+
+
+@torch.no_grad()
+def test_a_fingerprint_is_of_names_and_values_and_not_of_their_layout(root):
+    mini = autoencoders.load(root / "mini")
+    first = fingerprint(mini)
+    assert len(first) == 32 and fingerprint(mini.to(memory_format=torch.contiguous_format)) == first
+    assert fingerprint(mini.half()) != first
+    first_layer = mini.float().encoder[1].weight
+    first_layer.copy_(first_layer.flip(0))  # the same numbers elsewhere
+    assert fingerprint(mini) != first
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_estimate_is_what_the_disk_holds(root, tmp_path, monkeypatch, capsys, text):
+    told, check_room = [], latents.check_room
+    monkeypatch.setattr(latents, "check_room", lambda *given: (told.append(sum(given[-1].values())), check_room(*given)))
+    out = encode(root, tmp_path / "cache", "--image-size", 128, *(text_flags(root) if text else []))
+    held = sum(map(len, bytes_of(out).values()))
+    assert told == [pytest.approx(held, rel=0.02)] and held > 80_000
+    printed = capsys.readouterr().out.splitlines()[0]
+    assert printed.startswith(f"{out}: 0.000 GiB in all (latents 0.000 GiB") and "of which 0.000 GiB are there" in printed
+    tokens = LOADERS["t5"](root / "t5")[0](LatentCache(out).captions)[1].sum(1).float().mean()
+    assert (f"t5 at {tokens:.1f} tokens a caption" in printed) == text
+
+
+@pytest.mark.parametrize("count", [1000, 2001])
+def test_the_estimate_of_a_large_cache(root, count):
+    """8 channels of 64×64 in fp16, twice, for mean and log-variance; tokens of a sample of the captions."""
+    settings = dict(per_shard=400, mirror=True, shape=[8, 64, 64])
+    encoders = dict(t5=LOADERS["t5"](root / "t5", torch.bfloat16))
+    captions = ["a red circle" if i % 4 else "a red circle above a blue square" for i in range(count)]
+    sizes = latents.estimate(settings, range(count), captions, encoders)
+    tokens = encoders["t5"][0](captions)[1].sum().item()
+    assert sizes["latents"] == pytest.approx(count * 262_144, rel=0.001)
+    (name,) = (name for name in sizes if name.startswith("t5 at "))
+    assert sizes[name] == pytest.approx(tokens * 24 * 2 + count * 8, rel=0.02)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(root, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    flags = "--image-size", 1600
+    one_line("--out .*cache: needs 0.012 GiB more, and its disk has 0.002 GiB free", encode, root, tmp_path / "cache", *flags)
+    assert not (tmp_path / "cache").exists()
+    encode(root, tmp_path / "cache")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    encode(root, tmp_path / "cache")  # all is there
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(root, whole, tmp_path):
+    before = bytes_of(whole)
+    for flags, name in (
+        (("--image-size", 64), "image size"), (("--mirror", "false"), "mirror"), (("--per-shard", 5), "per shard"),
+        (("--autoencoder", root / "mini"), "autoencoder"), (("--data", "shapes"), "data"),
+    ):  # fmt: skip
+        one_line(f"holds a cache with another {name}", encode, root, whole, *text_flags(root), *flags)
+    one_line("holds a cache with another text", encode, root, whole)
+    assert bytes_of(whole) == before
+    one_line("data: is neither empty nor a cache", encode, root, root / "data")
+    (tmp_path / "file").write_text("")
+    one_line("file", encode, root, tmp_path / "file")
+    one_line("file/cache", encode, root, tmp_path / "file" / "cache")
+    one_line("there is no cache", LatentCache, tmp_path / "gone")
+
+
+def test_pictures_that_cannot_be_used_are_left_out_and_named(root, tmp_path, capsys):
+    """The same ones, and for the same reasons, as where a folder is read into memory."""
+    pictures = shutil.copytree(root / "data", tmp_path / "data")
+    for i in range(4, 9):  # in the order of names; the middle shard has nothing left
+        (pictures / f"{i}.png").write_bytes((pictures / f"{i}.png").read_bytes()[:60] if i % 2 else b"")
+    (pictures / "0.txt").write_text(" ")
+    (pictures / "1.txt").unlink()
+    (pictures / "z.png").write_bytes(b"no picture")
+    (pictures / "z.txt").write_text("é" * 300)
+    out = encode(root, tmp_path / "cache", "--per-shard", 3, *text_flags(root), pictures=pictures)
+    printed = capsys.readouterr().out
+    expected = data.Folder(pictures, 32)
+    cache = LatentCache(out)
+    assert cache.captions == expected.captions and len(cache) == 3 and cache.counts == [2, 0, 1]
+    assert "8 of 11 files were left out" in printed
+    for path, reason in expected.skipped:
+        assert f"{Path(path).name}: {reason}" in printed
+    with torch.no_grad():
+        latent = autoencoders.load(root / "vae").encode(from_bytes(expected.pictures([2])))
+    torch.testing.assert_close(cache.read([2]), latent, atol=5e-3, rtol=5e-3)
+    tokenizer = LOADERS["t5"](root / "t5")[0]
+    assert torch.equal(cache.text([2, 0], "t5")[1], tokenizer([cache.captions[2], cache.captions[0]])[1])
+    for path in pictures.glob("*.png"):
+        path.write_bytes(b"")
+    one_line("no usable picture", encode, root, tmp_path / "none", "--per-shard", 3, "--data", pictures)
+    one_line("there is no such folder", encode, root, tmp_path / "gone", "--data", tmp_path / "nowhere")
+
+
+def test_latents_that_are_not_numbers_are_said(root, tmp_path):
+    shutil.copytree(root / "mini", tmp_path / "bad")
+    model = autoencoders.load(tmp_path / "bad")
+    with torch.no_grad():
+        model.linear_in[1].weight.fill_(1e6)
+        write_mini(model, tmp_path / "bad")
+    one_line("too large for fp16", encode, root, tmp_path / "cache", "--autoencoder", tmp_path / "bad")
+
+
+def test_flags_that_make_no_sense(root, tmp_path):
+    out = tmp_path / "cache"
+    for flags, message in (
+        (("--image-size", 40), "--image-size 40: must be a multiple of 16"),
+        (("--mirror", "yes"), "--mirror yes: not true or false"),
+        (("--text",), "it goes with --clip DIR"),
+        (("--t5", root / "t5"), "it goes with --clip DIR"),
+        (("--text", "--t5", root / "clip"), "not t5"),
+        (("--autoencoder", tmp_path), "no model.safetensors there"),
+        (("--per-shard", 0), "must be at least 1"),
+        (("--shard", 1), "did you mean --per-shard"),
+        (("--out", ""), "--out CACHE: say"),
+        (("x",), "'x' is not a flag"),
+    ):
+        one_line(message, encode, root, out, *flags)
+    assert not out.exists()
+
+
+def test_the_command(root, tmp_path):
+    run = lambda *words: subprocess.run([sys.executable, "-m", "data.latent_cache", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    out = tmp_path / "cache"
+    done = run("--data", root / "data", "--autoencoder", root / "mini", "--image-size", 32, "--out", out)
+    assert done.returncode == 0 and f"10 pictures of 32×32 → {out}" in done.stdout and len(LatentCache(out)) == COUNT
+    failed = run("--data", root / "gone", "--autoencoder", root / "mini", "--out", out)
+    assert failed.returncode == 1 and failed.stderr.startswith("latent_cache.py: --data") and failed.stderr.count("\n") == 1

@@ -1,0 +1,443 @@
+import functools
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import folder as data
+from training import loop
+from data import tar_shards as shards
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def picture(number, size=16, kind="PNG"):
+    """The bytes of a picture of one colour, which tells its number."""
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), (number % 256, number // 256, 77)).save(file, kind)
+    return file.getvalue()
+
+
+def pack(path, files, kind="pax"):
+    """Writes a tar: files is a list of (name, bytes), or of TarInfos for what has no content."""
+    with tarfile.open(path, "w", format=FORMATS[kind]) as tar:
+        for entry in files:
+            if isinstance(entry, tarfile.TarInfo):
+                tar.addfile(entry)
+            else:
+                member = tarfile.TarInfo(entry[0])
+                member.size = len(entry[1])
+                tar.addfile(member, io.BytesIO(entry[1]))
+
+
+def sample(key, number=0):
+    return [(f"{key}.png", picture(number)), (f"{key}.txt", f"number {number}".encode())]
+
+
+def make(folder, counts):
+    """Shards of so many samples each, numbered through: sample i has the colour and the caption of i."""
+    folder.mkdir(exist_ok=True)
+    number = 0
+    for shard, count in enumerate(counts):
+        pack(folder / f"{shard:03d}.tar", sum((sample(f"{i:06d}", i) for i in range(number, number + count)), []))
+        number += count
+    return shards.TarShards(folder, 8)
+
+
+def numbers(pictures, captions):
+    """Which samples were read, by their captions; their pictures must say the same."""
+    found = [int(caption.split()[1]) for caption in captions]
+    assert found == (pictures[:, 0, 0, 0].long() + 256 * pictures[:, 1, 0, 0].long()).tolist()
+    return found
+
+
+def reasons(dataset):
+    return {name.rsplit(": ", 1)[1]: reason for name, reason in dataset.skipped if ": " in name}
+
+
+# ---------------------------------------------------------------------------------------------------------- the order
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_sample_once_an_epoch_for_any_ranks_and_workers(tmp_path, world, workers):
+    dataset = make(tmp_path / "shards", [5, 1, 9, 4, 6, 3, 7, 2, 4, 6])  # 47 samples, batches of 6: never even
+    rows = []
+    for rank in range(world):
+        indices = functools.partial(dataset.indices_of, batch_size=6, seed=1, rank=rank, world=world)
+        part = list(shards.batches(dataset, range(16), indices, workers))
+        assert all(x.shape == (6 // world, 3, 8, 8) and x.dtype == torch.uint8 and not bad for x, _, bad in part)
+        rows.append([numbers(x, captions) for x, captions, _ in part])
+    together = sum((sum(step, []) for step in zip(*rows)), [])
+    assert len(together) == 96
+    assert sorted(together[:47]) == sorted(together[47:94]) == list(range(47)) and together[:47] != together[47:94]
+    assert together == sum((dataset.indices_of(step, 6, 1).tolist() for step in range(16)), [])  # as for one process
+
+
+def test_a_run_resumed_in_mid_epoch_goes_on_at_the_next_sample(tmp_path):
+    dataset = make(tmp_path / "shards", [5, 8, 6])
+    indices = lambda step: dataset.indices_of(step, 4, seed=3)
+    whole = [captions for _, captions, _ in shards.batches(dataset, range(12), indices)]
+    fresh = shards.TarShards(tmp_path / "shards", 8)
+    again = functools.partial(fresh.indices_of, batch_size=4, seed=3)
+    rest = [captions for _, captions, _ in shards.batches(fresh, range(3, 12), again, 1)]
+    assert whole[3:] == rest
+    row = sum(whole[:3] + rest, [])
+    assert len(set(row[:19])) == len(set(row[19:38])) == 19
+
+
+def test_the_order_is_a_permutation_with_locality(tmp_path):
+    dataset = make(tmp_path / "shards", [6] * 40)
+    first, second = dataset.order(0, 0).clone(), dataset.order(0, 1)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(240))
+    assert (first == second).float().mean() < 0.1 and (first == dataset.order(1, 0)).float().mean() < 0.1
+    assert torch.equal(first, dataset.order(0, 0)) and first.dtype == torch.int64
+    for order in (first, second):
+        in_use = [order[i : i + 24].div(6, rounding_mode="floor").unique().numel() for i in range(0, 240 - 24)]
+        assert max(in_use) <= 2 * shards.WINDOW and min(in_use[::48]) > 4  # few files, but more than one after another
+        neighbours = (order[1:] - order[:-1]).abs() == 1
+        assert neighbours.float().mean() < 0.2
+    windows = first.div(6, rounding_mode="floor").view(-1, 6 * shards.WINDOW)
+    assert all(len(window.unique()) == shards.WINDOW for window in windows)
+    assert windows[0].unique().diff().max() > 1  # and not those that stand side by side
+
+
+def test_a_batch_larger_than_the_data_and_one_that_cannot_be_shared(tmp_path):
+    dataset = make(tmp_path / "shards", [2, 1])
+    found = dataset.indices_of(1, 8, 0)
+    whole = torch.cat([dataset.order(0, epoch) for epoch in range(6)])
+    assert torch.equal(found, whole[8:16])
+    with pytest.raises(ValueError, match="--batch-size 8: 3 processes cannot share it evenly"):
+        dataset.indices_of(0, 8, 0, 0, 3)
+
+
+def test_reading_ahead_works_for_data_in_memory_and_leaves_the_random_state_alone():
+    class Memory:
+        def read(self, indices):
+            return torch.as_tensor(indices)[:, None].clone(), [f"number {i}" for i in indices.tolist()]
+
+    state = torch.get_rng_state()
+    found = {}
+    for workers in (0, 2):
+        indices = functools.partial(loop.batch_indices, count=10, batch_size=4, seed=0)
+        found[workers] = [(x.tolist(), captions) for x, captions, _ in shards.batches(Memory(), range(2, 9), indices, workers)]
+    assert found[0] == found[2] and len(found[0]) == 7
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---------------------------------------------------------------------------------------------------------- what is in a tar
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_index_says_what_tarfile_reads(tmp_path, kind):
+    """Names of every length and script: ustar's prefix, GNU's long names, PAX headers."""
+    stems = ["a", "./b", "folder/c", "p" * 90 + "/" + "q" * 60, "schlüssel"]
+    stems += ["r" * 300, "ключ/画像 é"] if kind != "ustar" else []
+    pack(tmp_path / "x.tar", sum((sample(stem, i) for i, stem in enumerate(stems)), []), kind)
+    dataset = shards.TarShards(tmp_path, 8)
+    assert not dataset.skipped and len(dataset) == len(stems)
+    assert json.loads(dataset.texts[0])["keys"] == [stem.removeprefix("./") for stem in stems]
+    raw = (tmp_path / "x.tar").read_bytes()
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        for row, stem in zip(dataset.rows.tolist(), stems):
+            for suffix, (offset, size) in ((".png", row[:2]), (".txt", row[2:4])):
+                assert raw[offset : offset + size] == tar.extractfile(stem + suffix).read()
+    assert numbers(*dataset.read(range(len(stems)))) == list(range(len(stems)))
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="the program tar is not installed")
+@pytest.mark.parametrize("kind", ["v7", "ustar", "gnu", "pax"])
+def test_tars_of_the_program_tar(tmp_path, kind):
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    stems = ["a", "inner/b", "inner/" + "c" * (80 if kind in ("v7", "ustar") else 200), "größe"]
+    for i, stem in enumerate(stems):
+        for name, raw in sample(stem, i):
+            (source / name).write_bytes(raw)
+    subprocess.run(["tar", f"--format={kind}", "-cf", tmp_path / "x.tar", "-C", source, "."], check=True)
+    dataset = shards.TarShards(tmp_path, 8)
+    assert not dataset.skipped
+    assert sorted(numbers(*dataset.read(range(4)))) == [0, 1, 2, 3]
+    assert set(json.loads(dataset.texts[0])["keys"]) == set(stems)
+
+
+def link(name, kind, target="/etc/passwd"):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
+    files = [
+        *sample("good", 1), ("kid.jpg", picture(0, kind="JPEG")), ("kid.json", b'{"caption": " of  JSON ", "id": 7}'),
+        *sample("both", 2), ("both.json", b'{"caption": "not this"}'), ("UPPER.PNG", picture(3)), ("UPPER.TXT", b"number 3"),
+        ("silent.png", picture(0)), ("alone.txt", b"a caption"), ("empty.png", picture(0)), ("empty.txt", b" \n"),
+        ("latin.png", picture(0)), ("latin.txt", "Äpfel".encode("latin-1")),
+        ("odd.png", picture(0)), ("odd.json", b'{"caption": 3}'),
+        ("half.png", picture(0)), ("half.json", b'{"caption": "\\ud83d"}'), ("list.png", picture(0)), ("list.json", b"[1, 2"),
+        ("good.cls", b"7"), ("both.cls", b"7"), ("scan.tiff", b"II*"), ("._good.png", b"a Mac was here"), ("README", b"hello"),
+        *sample("good", 9), ("good.webp", picture(9, kind="WEBP")),
+        *sample("/absolute"), *sample("a/../../up"), *sample("line\nbreak"),
+        link("soft.png", tarfile.SYMTYPE), link("soft.txt", tarfile.SYMTYPE), link("hard.png", tarfile.LNKTYPE, "good.png"),
+        link("device.png", tarfile.CHRTYPE), link("pipe.png", tarfile.FIFOTYPE),
+        link("folder.png", tarfile.DIRTYPE),
+    ]  # fmt: skip
+    pack(tmp_path / "x.tar", files)
+    before = sorted(tmp_path.rglob("*"))
+    dataset = shards.TarShards(tmp_path, 8)
+    assert dataset.read(range(len(dataset)))[1] == ["number 1", "of JSON", "number 2", "number 3"]
+    assert sorted(set(tmp_path.rglob("*")) - set(before)) == [tmp_path / "x.tar.pictures.index"]  # nothing is unpacked
+    expected = {
+        "silent": "no caption", "alone": "no picture", "empty": "is empty", "latin": "not UTF-8", "odd": "the .json is not",
+        "half": "not UTF-8", "list": "the .json is not", "*.cls": "2 of an unknown extension", "*.tiff": "1 of an unknown",
+        "*._good.png": "1 of", "*.": "1 of", "good.png": "has such a file", "good.txt": "already", "good.webp": "already",
+        "/absolute.png": "absolute", "/absolute.txt": "absolute", "a/../../up.png": "..", "a/../../up.txt": "..",
+        "line\nbreak.png": "control", "line\nbreak.txt": "control", "soft.png": "link", "soft.txt": "link", "hard.png": "link",
+        "device.png": "device", "pipe.png": "device",
+    }  # fmt: skip
+    found = reasons(dataset)
+    assert set(found) == set(expected)
+    for name, words in expected.items():
+        assert words in found[name], name
+
+
+def test_damaged_tars_are_used_up_to_the_damage(tmp_path):
+    """Cut at every 512th byte and a few more, and with rubbish in a header: the samples before that, and a word about it."""
+    pack(tmp_path / "whole.tar", sum((sample(f"{i}", i) for i in range(4)), []), "gnu")
+    raw = (tmp_path / "whole.tar").read_bytes()
+    rows = shards.TarShards(tmp_path, 8).rows
+    path = tmp_path / "cut" / "x.tar"
+    path.parent.mkdir()
+    for cut in sorted({*range(0, len(raw) - 2048, 512), *range(100, 5000, 701), rows[3, 2] + 3}):
+        path.write_bytes(raw[:cut])
+        whole = int((rows[:, 2] + rows[:, 3] <= cut).sum())
+        _, keys, skipped = shards.scan(path, data.PICTURES)
+        assert keys == ["0", "1", "2", "3"][:whole], cut
+        if cut < rows[3, 2] + 512:
+            assert ("cut short" in skipped[0][1] or cut < 512 and "not a tar file" in skipped[0][1]) and skipped[0][0] == ""
+    start = int(rows[2, 0]) - 512
+    for rubbish in (b"\xff" * 512, b"A" * 100 + raw[start + 100 : start + 512]):
+        path.write_bytes(raw[:start] + rubbish + raw[start + 512 :])
+        _, keys, skipped = shards.scan(path, data.PICTURES)
+        assert keys == ["0", "1"] and "damaged" in skipped[0][1]
+
+
+def test_a_size_below_zero_does_not_go_in_circles(tmp_path):
+    pack(tmp_path / "x.tar", sample("a") + sample("b"), "gnu")
+    raw = bytearray((tmp_path / "x.tar").read_bytes())
+    start = int(shards.TarShards(tmp_path, 8).rows[1, 0]) - 512
+    raw[start + 124 : start + 136] = b"\xff" * 4 + (-1536).to_bytes(8, "big", signed=True)  # GNU's base 256: back to a.txt
+    raw[start + 148 : start + 156] = b" " * 8
+    raw[start + 148 : start + 156] = b"%06o\0 " % sum(raw[start : start + 512])
+    (tmp_path / "x.tar").write_bytes(raw)
+    dataset = shards.TarShards(tmp_path, 8)
+    assert len(dataset) == 1 and any("damaged" in reason for _, reason in dataset.skipped)
+
+
+def test_files_that_are_no_tars_beside_one_that_is(tmp_path):
+    pack(tmp_path / "good.tar", sample("a", 1))
+    (tmp_path / "zero.tar").write_bytes(b"")
+    pack(tmp_path / "empty.tar", [])
+    (tmp_path / "picture.tar").write_bytes(picture(1, 200))
+    with tarfile.open(tmp_path / "gzip.tar", "w:gz"):
+        pass
+    dataset = shards.TarShards(tmp_path, 8)
+    assert numbers(*dataset.read([0])) == [1]
+    found = {os.path.basename(name): reason for name, reason in dataset.skipped}
+    assert set(found) == {"zero.tar", "empty.tar", "picture.tar", "gzip.tar"} and found["empty.tar"] == "an empty tar"
+    assert all("not a tar file" in found[name] for name in ("zero.tar", "picture.tar", "gzip.tar"))
+
+
+def test_nothing_to_read(tmp_path):
+    for name, words in (("gone", "there is no such folder or .tar"), ("", "no .tar in it"), ("0*.tar", "or .tar")):
+        with pytest.raises(ValueError, match=words) as error:
+            shards.TarShards(tmp_path / name)
+        assert "\n" not in str(error.value)
+    pack(tmp_path / "x.tar", [("a.png", picture(1))])
+    with pytest.raises(ValueError, match=r"no usable sample(.|\n)*x.tar: a: no caption"):
+        shards.TarShards(tmp_path)
+
+
+def test_a_pattern_names_some_of_the_tars_and_a_folder_may_have_its_signs(tmp_path):
+    folder = tmp_path / "a[1]"
+    make(folder, [2, 3, 4])
+    assert len(shards.TarShards(folder)) == 9
+    assert len(shards.TarShards(str(tmp_path / "a*" / "00[01].tar"))) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_picture_gives_its_place_to_the_next_one(tmp_path, workers):
+    files = sum((sample(f"{i}", i) for i in range(6)), [])
+    for i in (1, 2, 5):  # the last one's place goes to the next shard
+        files[2 * i] = (files[2 * i][0], files[2 * i][1][:50])
+    pack(tmp_path / "0.tar", files)
+    pack(tmp_path / "1.tar", sample("last", 6))
+    dataset = shards.TarShards(tmp_path, 8)
+    assert len(dataset) == 7 and not dataset.skipped and dataset.report() == []
+    steps = [[0, 1], [2, 3], [1, 4], [5, 6]]
+    found = list(shards.batches(dataset, range(4), steps.__getitem__, workers))
+    assert [numbers(x, captions) for x, captions, _ in found] == [[0, 3], [3, 3], [3, 4], [6, 6]]
+    assert set().union(*(bad for _, _, bad in found)) == {1, 2, 5}
+    assert {key for bad in dataset.damaged.values() for key in bad} == {"1", "2", "5"}
+    assert list(dataset.damaged) == [str(tmp_path / "0.tar")]
+    [line] = dataset.report()
+    assert "0.tar: 3 damaged" in line and "1: not a whole picture" in line and "\n" not in line
+
+
+def test_nothing_that_can_be_read_is_an_error_and_so_is_a_number_too_large(tmp_path):
+    pack(tmp_path / "x.tar", [(name, raw[:40]) for name, raw in sample("a") + sample("b")])
+    dataset = shards.TarShards(tmp_path, 8)
+    with pytest.raises(ValueError, match="none of 2 samples can be read .*not a whole picture"):
+        dataset.read([1])
+    with pytest.raises(IndexError):
+        dataset.read([2])
+
+
+def test_it_can_be_sent_to_another_process(tmp_path):
+    dataset = make(tmp_path / "shards", [3, 3])
+    dataset.order(0, 0)
+    assert numbers(*pickle.loads(pickle.dumps(dataset)).read([5, 0])) == [5, 0]
+    assert dataset.caption(4) == "number 4"
+
+
+def clip(kind):
+    frames = [Image.new("RGB", (24, 24), "white") for _ in range(5)]
+    for i, frame in enumerate(frames):
+        frame.paste((200, 0, 0), (4 * i, 4, 4 * i + 8, 12))
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=250, lossless=True)
+    return file.getvalue()
+
+
+def test_clips(tmp_path):
+    files = [("a.gif", clip("GIF")), ("a.txt", b"a moves"), ("b.webp", clip("WEBP")), ("b.txt", b"b moves")]
+    files += [("c.webp", picture(0, kind="WEBP")), ("c.txt", b"c is a picture")]
+    pack(tmp_path / "x.tar", files)
+    dataset = shards.TarShards(tmp_path, 24, frames=4, fps=4)
+    x, captions = dataset.read([0, 1, 2])
+    assert x.shape == (3, 4, 3, 24, 24) and x.dtype == torch.uint8 and captions == ["a moves", "b moves", "a moves"]
+    edges = [(frame[1, 8] < 128).int().argmax().item() for frame in x[1]]
+    assert edges == [0, 4, 8, 12] and torch.equal(x[0], x[2])
+    assert "a single picture" in dataset.damaged[str(tmp_path / "x.tar")]["c"]
+    stills = shards.TarShards(tmp_path, 8)  # has an index of its own
+    assert len(stills) == 2 and reasons(stills)["*.gif"].startswith("1 of")
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the program ffmpeg is not installed")
+def test_films(tmp_path, monkeypatch):
+    (tmp_path / "a.gif").write_bytes(clip("GIF"))
+    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "a.gif", "-pix_fmt", "yuv420p", tmp_path / "a.mp4"], check=True)
+    pack(tmp_path / "x.tar", [("a.mp4", (tmp_path / "a.mp4").read_bytes()), ("a.txt", b"a film")])
+    x, captions = shards.TarShards(tmp_path, 24, frames=4).read([0, 0])
+    assert x.shape == (2, 4, 3, 24, 24) and captions == ["a film"] * 2 and (x[0, 0] != x[0, 3]).any()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="install the program ffmpeg"):
+        shards.TarShards(tmp_path, 24, frames=4)
+
+
+# ---------------------------------------------------------------------------------------------------------- the index
+
+
+def test_the_index_is_used_and_made_again_when_the_tar_changes(tmp_path, monkeypatch):
+    make(tmp_path / "shards", [2, 2])
+    scanned, scan = [], shards.scan
+    monkeypatch.setattr(shards, "scan", lambda path, suffixes: scanned.append(path.name) or scan(path, suffixes))
+    assert len(shards.TarShards(tmp_path / "shards")) == 4 and scanned == []
+    path = tmp_path / "shards" / "001.tar"
+    time = path.stat().st_mtime_ns
+    pack(path, sample("x", 1) + sample("y", 2) + sample("z", 3) + [("w.png", bytes(20_000))])  # tarfile rounds up to 10,240
+    os.utime(path, ns=(time, time))  # another size alone
+    dataset = shards.TarShards(tmp_path / "shards", 8)
+    assert numbers(*dataset.read([2, 3, 4])) == [1, 2, 3] and scanned == ["001.tar"]
+    assert dataset.skipped == shards.TarShards(tmp_path / "shards").skipped != []
+    pack(path, sample("a", 4) + sample("b", 5) + sample("c", 6) + [("d.png", bytes(20_000))])
+    os.utime(path, ns=(time + 1, time + 1))  # another time alone
+    assert numbers(*shards.TarShards(tmp_path / "shards", 8).read([2, 3, 4])) == [4, 5, 6] and scanned == ["001.tar"] * 2
+
+
+def test_a_damaged_index_is_not_trusted(tmp_path):
+    dataset = make(tmp_path / "shards", [3])
+    index = tmp_path / "shards" / "000.tar.pictures.index"
+    raw = index.read_bytes()
+    rng = np.random.default_rng(0)
+    for case in range(60):
+        bad = bytearray(raw)
+        if case < 20:
+            bad = bad[: rng.integers(len(raw))]
+        else:
+            bad[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+        index.write_bytes(bad)
+        again = shards.TarShards(tmp_path / "shards", 8)
+        assert np.array_equal(again.rows, dataset.rows) and again.texts == dataset.texts, case
+    assert {path.name for path in index.parent.iterdir()} == {"000.tar", index.name}  # no temporary file is left
+
+
+def test_a_folder_that_cannot_be_written_will_do(tmp_path):
+    pack(tmp_path / "x.tar", sample("a", 1))
+    (tmp_path / "x.tar.pictures.index").mkdir()  # in the way of the index
+    assert numbers(*shards.TarShards(tmp_path, 8).read([0])) == [1]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_index_that_is_written_in_part_is_never_seen(tmp_path, monkeypatch):
+    pack(tmp_path / "x.tar", sample("a", 1))
+
+    def full(file, **arrays):
+        file.write(b"PK")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert len(shards.TarShards(tmp_path, 8)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+def test_a_folder_packed_gives_what_the_folder_gives(tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        image = Image.fromarray(rng.integers(0, 255, (40 + i, 50, 3), np.uint8))
+        image.save(source / f"{i}.{('png', 'jpg', 'webp')[i % 3]}")
+        (source / f"{i}.txt").write_text(f"picture  {i}, größer\n", encoding="utf-8")
+    (source / "1.5 apples.JPG").write_bytes((source / "1.jpg").read_bytes())
+    (source / "1.5 apples.txt").write_text("one and a half")
+    (source / "broken.png").write_bytes(b"no")
+    (source / "broken.txt").write_text("broken")
+    shards.main([str(source), str(tmp_path / "out"), "--per-shard", "3"])
+    said = capsys.readouterr().out
+    assert "8 pictures" in said and "1 left out" in said and "broken.png: not a whole picture" in said
+    folder, packed = data.Folder(source, 16), shards.TarShards(tmp_path / "out", 16)
+    assert [path.name for path in packed.paths] == ["00000.tar", "00001.tar", "00002.tar"] and not packed.skipped
+    pictures, captions = packed.read(range(8))
+    assert captions == folder.captions and torch.equal(pictures, folder.pictures(range(8)))
+    for number, path in enumerate(sorted(p for p in source.iterdir() if p.suffix != ".txt" and p.stem != "broken")):
+        with tarfile.open(packed.paths[number // 3]) as tar:  # the very bytes
+            assert tar.extractfile(f"{number:08d}{path.suffix.lower()}").read() == path.read_bytes()
+    with pytest.raises(ValueError, match="has .tar files already"):
+        shards.main([str(source), str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="no such folder"):
+        shards.main([str(tmp_path / "gone"), str(tmp_path / "new")])
+    with pytest.raises(ValueError, match="--per-shard 0"):
+        shards.main([str(source), str(tmp_path / "new"), "--per-shard", "0"])
+
+
+def test_packing_that_is_stopped_leaves_no_half_tar(tmp_path):
+    paths = [tmp_path / "a.png", tmp_path / "gone.png"]
+    paths[0].write_bytes(picture(1))
+    with pytest.raises(FileNotFoundError):
+        shards.write_shards(tmp_path / "out", paths, ["a", "b"], 2)
+    assert not list((tmp_path / "out").glob("*.tar"))

@@ -1,0 +1,303 @@
+import json
+
+import diffusers
+import pytest
+import torch
+from conftest import fake_cuda, rounding
+from oracles import oracle, shake
+from torch._subclasses import FakeTensorMode
+
+from encoders import weights
+from encoders.autoencoder import Autoencoder, AutoencoderConfig, load
+from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, fade, tile_starts
+
+PUBLISHED = (128, 256, 512, 512)
+TINY = {
+    "two levels": dict(widths=(32, 64), layers=1),
+    "four levels": dict(widths=(16, 32, 32, 32), norm_num_groups=8, latent_channels=16, use_quant_conv=False,
+                        use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609),
+    "as published": dict(widths=tuple(w // 8 for w in PUBLISHED), norm_num_groups=4),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    oracle((8, 16), layers=1, norm_num_groups=4).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights.write(path, change(weights.read(path)[0]))
+
+
+def one_line(folder, match):
+    with pytest.raises(ValueError, match=match) as error:
+        load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def near(ours, theirs):
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_a_published_folder_gives_diffusers_own_numbers(tmp_path, name, safe):
+    theirs = oracle(**TINY[name])
+    theirs.save_pretrained(tmp_path, safe_serialization=safe)
+    assert len(list(tmp_path.iterdir())) == 2
+    ours = load(tmp_path)
+    assert ours.factor == 2 ** (len(TINY[name]["widths"]) - 1) and ours.config.channels == theirs.config.latent_channels
+    pictures = torch.rand(2, 3, 48, 32) * 2 - 1
+    posterior = theirs.encode(pictures).latent_dist
+    mean, log_variance = ours.moments(pictures)
+    near(mean, posterior.mean)
+    near(log_variance, posterior.logvar)
+    scaled = (posterior.mean - (theirs.config.shift_factor or 0)) * theirs.config.scaling_factor
+    latents = ours.encode(pictures)
+    near(latents, scaled)
+    near(latents * ours.scale + ours.shift.view(1, -1, 1, 1), posterior.mean)
+    near(ours.decode(latents), theirs.decode(posterior.mean).sample)
+    with pytest.raises(ValueError, match=rf"\(30, 33\) is not divisible by {ours.factor}"):
+        ours.encode(torch.zeros(1, 3, 30, 33))
+
+
+@torch.no_grad()
+def test_log_variance_is_clamped_as_published():
+    model = AutoencoderKL(AutoencoderKLConfig(2, (8, 8), 1, 4))
+    model.quant_conv.weight.zero_()
+    model.quant_conv.bias.copy_(torch.tensor([-50.0, 50, -50, 50]))
+    mean, log_variance = model.moments(torch.zeros(1, 3, 4, 4))
+    assert mean.amin() == -50 and mean.amax() == 50 and log_variance.amin() == -30 and log_variance.amax() == 20
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+@torch.no_grad()
+def test_the_attention_names_of_old_files(folder, convolutions):
+    pictures = torch.rand(1, 3, 8, 8) * 2 - 1
+    expected = load(folder).encode(pictures)
+
+    def old(tensors):
+        renamed = {}
+        for name, tensor in tensors.items():
+            for new, then in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+                if new in name:
+                    name = name.replace(new, then)
+                    tensor = tensor[..., None, None] if convolutions and tensor.ndim == 2 else tensor
+            renamed[name] = tensor
+        assert sum("proj_attn" in name for name in renamed) == 4
+        return renamed
+
+    edit_tensors(folder, old)
+    assert torch.equal(load(folder).encode(pictures), expected)
+
+
+def test_config_keys_that_old_files_lack(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load(folder)
+    torch.testing.assert_close(model.scale, torch.tensor([1 / 0.18215]))
+    assert model.shift.tolist() == [0] * 4 and {"quant_conv.weight", "post_quant_conv.weight"} < model.state_dict().keys()
+
+
+def test_half_precision_files_become_fp32(folder):
+    edit_tensors(folder, lambda tensors: {name: tensor.half() for name, tensor in tensors.items()})
+    assert {p.dtype for p in load(folder).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(_class_name="VQModel"), "is of a model of type 'VQModel', not AutoencoderKL"),
+        (dict(act_fn="gelu"), "act_fn is 'gelu'"),
+        (dict(down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]), "down_block_types is .*Attn"),
+        (dict(up_block_types=["UpDecoderBlock2D"]), "up_block_types"),
+        (dict(mid_block_add_attention=False), "mid_block_add_attention is False"),
+        (dict(latents_mean=[0.0] * 4), "latents_mean"),
+        (dict(latents_std=[1.0] * 4), "latents_std"),
+        (dict(in_channels=1), "in_channels is 1"),
+        (dict(norm_num_groups=3), "divisible by num_groups"),
+        (dict(block_out_channels=8), "int"),
+        (dict(use_quant_conv=False), "have no place in the model, .quant_conv"),
+        (dict(layers_per_block=2), "lacks .* 'encoder.down_blocks.0.resnets.1"),
+        (dict(latent_channels=8), "conv_.*.weight. has the shape"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(folder, change, message):
+    load(folder)
+    edit(folder, **change)
+    one_line(folder, message)
+
+
+def test_files_that_do_not_fit_are_named(folder, tmp_path_factory):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = weights.read(file)[0]
+    weights.write(file, {name: tensor for name, tensor in tensors.items() if name != "quant_conv.bias"})
+    one_line(folder, "lacks 1 of .*'quant_conv.bias'")
+    weights.write(file, tensors | {"loss.discriminator": torch.zeros(3)})
+    one_line(folder, "'loss.discriminator'")
+    weights.write(file, tensors | {"quant_conv.bias": torch.zeros(3)})
+    one_line(folder, "'quant_conv.bias' has the shape")
+    weights.write(file, tensors)
+    file.write_bytes(file.read_bytes()[:-100])
+    one_line(folder, "cut short")
+    file.unlink()
+    one_line(folder, "no weights in")
+    binary = file.with_suffix(".bin")
+    torch.save(tensors, binary)
+    whole = binary.read_bytes()
+    for length in (0, 1, 10, 1000, len(whole) // 2, len(whole) - 1000, len(whole) - 10):
+        binary.write_bytes(whole[:length])
+        one_line(folder, "not a file of tensors alone")
+    torch.save(list(tensors), binary)
+    one_line(folder, "not a file of tensors alone")
+    torch.save({name: "text" for name in tensors}, binary)
+    one_line(folder, "not a file of tensors alone")
+    (folder / "config.json").write_text("{")
+    one_line(folder, "does not hold a JSON object")
+    (folder / "config.json").write_text("[]")
+    one_line(folder, "does not hold a JSON object")
+    (folder / "config.json").unlink()
+    one_line(folder, "no model.safetensors there")
+
+
+class Trap:
+    """Pickled, it asks whoever reads it to make a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return __import__("os").mkdir, (self.path,)
+
+
+def test_a_pickle_runs_nothing(folder):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(weights.read(file)[0] | {"quant_conv.bias": Trap(str(folder / "made"))}, file.with_suffix(".bin"))
+    file.unlink()
+    one_line(folder, "not a file of tensors alone")
+    assert not (folder / "made").exists()
+
+
+def test_a_runs_folder_loads_as_before(tmp_path):
+    model = Autoencoder(AutoencoderConfig(4, 16, 1))
+    assert not any("shortcut" in name for name in model.state_dict()) and len(model.state_dict()) == 54
+    metadata = dict(config=json.dumps(dict(autoencoder=vars(model.config))))
+    weights.write(tmp_path / "model.safetensors", model.state_dict(), metadata)
+    again = load(tmp_path)
+    assert type(again) is Autoencoder and again.config == model.config
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_published_size():
+    with torch.device("meta"):
+        ours = AutoencoderKL(AutoencoderKLConfig())
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKL(
+            block_out_channels=PUBLISHED, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+        )  # fmt: skip
+    shapes = lambda model: {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert shapes(ours) == shapes(theirs) and sum(p.numel() for p in ours.parameters()) == 83_653_863
+    latents = ours.encode(torch.zeros(3, 3, 512, 512, device="meta"))
+    assert latents.shape == (3, 4, 64, 64) and ours.decode(latents).shape == (3, 3, 512, 512)
+    assert ours.decode(torch.zeros(1, 4, 96, 128, device="meta")).shape == (1, 3, 768, 1024)
+
+
+def test_the_forward_pass_on_a_gpu():
+    """With fake tensors, which have no values, and so need no GPU (slices of them do: tiles are tested on "meta" above)."""
+    with torch.device("meta"):
+        model = AutoencoderKL(AutoencoderKLConfig(4, (8, 16), 1, 4))
+    with FakeTensorMode(), torch.no_grad():
+        fake_cuda(model)
+        pictures = model.decode(model.encode(torch.empty(2, 3, 64, 64, device="cuda")))
+    assert pictures.shape == (2, 3, 64, 64) and pictures.device.type == "cuda"
+
+
+@pytest.mark.rounding
+@torch.no_grad()
+def test_slices_equal_the_whole():
+    """Up to rounding: some twenty convolutions, in sums of 16·3·3."""
+    near = lambda found, whole: (found - whole).abs().max() <= rounding(whole, sums=20 * 144)
+    model = shake(AutoencoderKL(AutoencoderKLConfig(4, (8, 16), 1, 4)))
+    pictures = torch.rand(5, 3, 16, 16) * 2 - 1
+    seen = []
+    for part in (model.encoder, model.decoder):
+        part.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
+    latents = model.encode(pictures)
+    decoded = model.decode(latents)
+    assert seen == [5, 5]
+    seen.clear()
+    model.tile = 12  # 144 positions, of which a picture has 64
+    assert near(model.encode(pictures), latents) and near(model.decode(latents), decoded)
+    assert seen == [2, 2, 1, 2, 2, 1]
+    seen.clear()
+    model.tile = 6  # fewer than a picture has: encoded whole, decoded in 2×2 tiles, one picture at a time all the same
+    assert near(model.encode(pictures), latents)
+    assert model.decode(latents).shape == decoded.shape and seen == [1] * 5 + [1] * 4 * 5
+
+
+def test_tiles_cover_all_and_overlap_by_a_quarter():
+    for tile in (8, 10, 64):
+        for length in range(1, 5 * tile):
+            starts = tile_starts(length, tile)
+            assert starts[0] == 0 and starts[-1] == max(0, length - tile)
+            assert all(0 < b - a <= tile * 3 / 4 for a, b in zip(starts, starts[1:]))
+    assert (fade(6) * 3 / fade(6).max()).tolist() == [1, 2, 3, 3, 2, 1]
+
+
+def step(x):
+    """The largest change from a pixel to the next but one, right or down (upsampling leaves a pattern of two pixels), not
+    counting the border of the picture, where padding shows."""
+    x = x[..., 4:-4, 4:-4]
+    return max((x[..., 2:, :] - x[..., :-2, :]).abs().max(), (x[..., 2:] - x[..., :-2]).abs().max())
+
+
+@torch.no_grad()
+def test_tiles_leave_no_seams():
+    """Smooth latents, of waves of 16 positions: in tiles the picture is as smooth as decoded whole."""
+    model = shake(AutoencoderKL(AutoencoderKLConfig(4, (16, 32), 1, 4)))
+    y, x = torch.meshgrid(torch.arange(72) * torch.pi / 8, torch.arange(100) * torch.pi / 8, indexing="ij")
+    latents = torch.stack([x.sin(), (x + y).cos(), (y - x).sin(), y.cos()])[None]
+    model.tile = 100
+    whole = model.decode(latents)
+    model.tile = 48
+    tiled = model.decode(latents)
+    assert not torch.equal(tiled, whole)
+    assert (tiled - whole).abs().mean() < 0.05 * whole.std() and step(tiled) < 1.1 * step(whole)
+
+
+def test_tiles_of_other_colours_fade_into_each_other():
+    """A decoder that gives the mean of what it sees: from tile to tile the colour changes, in a straight line over the
+    quarter of a tile that two of them share, 4 positions or 8 pixels."""
+    model = AutoencoderKL(AutoencoderKLConfig(3, (8, 8), 1, 4, scaling_factor=1.0, post_quant_conv=False))
+    del model.decoder
+    model.decoder = lambda z: z.mean((1, 2, 3), keepdim=True).expand(-1, 3, 2 * z.shape[2], 2 * z.shape[3])
+    model.tile = 16
+    latents = torch.arange(40.0).expand(1, 3, 20, 40)  # tiles start at 0, 12 and 24: their means are 7.5, 19.5 and 31.5
+    row = model.decode(latents)[0, 0, 9]
+    line = torch.arange(1, 9) / 9 * 12
+    expected = [torch.full((24,), 7.5), 7.5 + line, torch.full((16,), 19.5), 19.5 + line, torch.full((24,), 31.5)]
+    torch.testing.assert_close(row, torch.cat(expected))
+
+
+@pytest.mark.rounding
+@torch.no_grad()
+def test_what_fits_a_tile_is_decoded_exactly():
+    model = shake(AutoencoderKL(AutoencoderKLConfig(4, (8, 16), 1, 4)))
+    latents = torch.randn(2, 4, 8, 16)
+    whole = model.decode(latents)
+    near = lambda found: (found - whole).abs().max() <= rounding(whole, sums=20 * 144)  # as above
+    model.tile = 12  # as many positions as 12×12 are decoded at once, whatever their shape
+    assert near(model.decode(latents))
+    model.tile = 16
+    assert near(model.decode_tiles(latents * model.scale))

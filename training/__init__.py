@@ -1,0 +1,1 @@
+"""What serves the loop in train.py: flags and recipes, optimizers, many processes, checkpoints, the log."""
