@@ -1,86 +1,125 @@
-"""How the condition enters the transformer (paper, section 3.2).
+"""How text enters the transformer (paper, section 3.2).
 
-    adaLN   c = time embedding + MLP(pooled text): one vector, which shifts, scales and gates every token alike.
-    cross   the same c, and in each block cross-attention: image tokens ask, text tokens answer.
-    class   c = time embedding + label embedding: DiT (arXiv 2212.09748), where the paper starts.
+    adaLN            c = time embedding + MLP(pooled text): one vector that shifts, scales, gates all tokens
+    cross-attention  image tokens are queries, text tokens are keys and values; adaLN stays, with the same c
+    class            c = time embedding + label embedding: DiT (arXiv 2212.09748), where the paper starts
 
-A caption may be read by several encoders. Their pooled texts, each through an MLP of its own, are added; in
-cross-attention the blocks take turns (*interleaving*): block k reads the tokens of encoder k modulo their number.
+Several encoders may read a caption. Then the blocks take turns (*interleaving*): block k attends to the
+tokens of encoder k modulo their number; in c, the pooled texts of all encoders are added.
 
-For classifier-free guidance (Ho & Salimans 2022) training replaces some captions by a *null text*. The paper does not
-say what that is; ours is a few learned tokens in each encoder's width, kept here and nowhere else, so that training
-and sampling cannot disagree. Pooling is not stated either; ours is the mean over the tokens that are words for T5, and
-the last word, which is the end of the text, for CLIP, whose training made that token the text's summary.
+Ours, where the paper is silent:
+- The *null text* of classifier-free guidance (Ho & Salimans 2022) is a few learned tokens in each encoder's
+  width. It is defined in TextCondition and nowhere else, so training and sampling share it.
+- T5's tokens are pooled by their mean. CLIP's are pooled by taking the last one, the end of the text, which
+  CLIP's own training made the summary of the text.
+- Cross-attention is a plain pre-norm residual branch without a gate, as in PixArt-α.
 
-Letters: B batch, L text tokens, E width of an encoder, D width. Masks are boolean, True = a word to attend, False =
-padding. Texts and masks come as tuples, with one entry an encoder.
+Letters: B batch, F frames, N image tokens a frame, L text tokens, M null tokens, E width of an encoder, D
+width, c the adaLN vector. Masks are boolean: True = a word to attend, False = padding.
 """
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-
-def masked_mean(text, mask):
-    """Mean over the attended tokens: text (B, L, E), mask (B, L) → (B, E). A row without any gives 0."""
-    weight = mask.unsqueeze(-1).to(text.dtype)
-    return (text * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B, E)
+from attention import MultiHeadAttention
 
 
 def modulate(x, shift, scale):
-    """adaLN: x (B, F, N, D) scaled and shifted alike at every position, shift and scale (B, F or 1, 1, D)."""
-    return x * (1 + scale) + shift  # (B, F, N, D)
+    """adaLN: x (B, F, N, D), shift and scale (B, F or 1, 1, D), the same at every position. Returns (B, F, N,
+    D)."""
+    return x * (1 + scale) + shift
+
+
+class CrossAttention(nn.Module):
+    """x ← x + CrossAttention(LN(x), text). All frames of a clip share one caption.
+
+    width: D; heads: H; text_width: E, from which keys and values are projected directly."""
+
+    def __init__(self, width, heads, text_width, qk_norm=False):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.attention = MultiHeadAttention(width, heads, text_width, qk_norm)
+
+    def forward(self, x, text, mask):
+        """x (B, F, N, D), text (B, L, E), mask (B, L) → (B, F, N, D)."""
+        y = self.norm(x).flatten(1, 2)  # (B, F·N, D)
+        y = self.attention(y, text, mask[:, None, None, :])  # (B, F·N, D)
+        return x + y.view_as(x)  # (B, F, N, D)
+
+
+def mean_of_words(text, mask):
+    """The mean over the words: text (B, L, E), mask (B, L) → (B, E). A text without words gives 0."""
+    weight = mask.unsqueeze(-1).to(text.dtype)  # (B, L, 1)
+    return (text * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B, E)
 
 
 def last_word(text, mask):
-    """The last attended token: text (B, L, E), mask (B, L) → (B, E). A row without any gives its first."""
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # (B,)
-    return text.take_along_dim(last.view(-1, 1, 1), dim=1).squeeze(1)  # (B, E)
+    """The last word: text (B, L, E), mask (B, L) → (B, E). A text without words gives its first token."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * positions).argmax(1)  # (B,)
+    return text[torch.arange(len(text), device=text.device), last]  # (B, E)
 
 
-POOLING = {"mean": masked_mean, "last": last_word}
+POOLING = {"mean": mean_of_words, "last": last_word}
 
 
-def drop(text, mask, dropped, null):
-    """Replaces text (B, L, E) and mask (B, L) by the null text (M, E) where dropped (B,) is True; shorter ones are
-    padded to its length. Returns the same, (B, max(L, M), E) and (B, max(L, M))."""
-    M, L = len(null), max(len(null), text.shape[1])
-    text = nn.functional.pad(text, (0, 0, 0, L - text.shape[1]))
-    mask = nn.functional.pad(mask, (0, L - mask.shape[1]))
-    text = torch.where(dropped.view(-1, 1, 1), nn.functional.pad(null, (0, 0, 0, L - M)), text)
-    return text, torch.where(dropped.view(-1, 1), torch.arange(L, device=mask.device) < M, mask)
+def drop_captions(text, mask, dropped, null):
+    """The caption, or the null text where `dropped` is True.
+
+    text (B, L, E), mask (B, L), dropped (B,), null (M, E). Returns text (B, max(L, M), E) and mask (B, max(L,
+    M))."""
+    M = len(null)
+    longest = max(M, text.shape[1])
+    text = F.pad(text, (0, 0, 0, longest - text.shape[1]))  # (B, max(L, M), E)
+    mask = F.pad(mask, (0, longest - mask.shape[1]))  # (B, max(L, M))
+    null = F.pad(null, (0, 0, 0, longest - M))  # (max(L, M), E)
+    null_mask = torch.arange(longest, device=mask.device) < M  # (max(L, M),)
+    text = torch.where(dropped[:, None, None], null, text)
+    mask = torch.where(dropped[:, None], null_mask, mask)
+    return text, mask
 
 
 class TextCondition(nn.Module):
-    """Encoded texts → (tokens for cross-attention, their masks, vector for adaLN).
+    """Encoded captions → tokens for cross-attention, their masks, and a vector for adaLN.
 
-    text_widths: E of each encoder. width: the model's D. null_tokens: length of each one's null text. pooling: "mean" or
-    "last" for each. ValueError if the three are not of one length.
-    """
+    text_widths: E of each encoder. width: D. null_tokens: M of each encoder. pooling: "mean" or "last", for
+    each encoder. ValueError if the three lists differ in length."""
 
     def __init__(self, text_widths, width, null_tokens, pooling):
         super().__init__()
         if not len(text_widths) == len(null_tokens) == len(pooling):
-            raise ValueError(f"{len(text_widths)} text widths, {len(null_tokens)} null texts and {len(pooling)} ways of pooling")
+            raise ValueError(
+                f"{len(text_widths)} text widths, {len(null_tokens)} null texts and {len(pooling)} ways of "
+                "pooling: each encoder has one of each"
+            )
         self.pooling = [POOLING[name] for name in pooling]
-        self.null = nn.ParameterList(torch.empty(L, E) for L, E in zip(null_tokens, text_widths))  # filled by dit.initialise
-        self.pool = nn.ModuleList(nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, width)) for E in text_widths)
+        self.null = nn.ParameterList(torch.empty(M, E) for M, E in zip(null_tokens, text_widths))
+        self.pool = nn.ModuleList(
+            nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, width)) for E in text_widths
+        )
 
     def forward(self, texts, masks, dropped):
-        """texts: a (B, L, E) an encoder; masks: a (B, L) each; dropped (B,) booleans, True = the null texts instead.
-        Returns texts, masks, vector (B, D)."""
-        pairs = [drop(text.to(null.dtype), mask, dropped, null) for text, mask, null in zip(texts, masks, self.null)]
-        pooled = sum(mlp(pooling(*pair)) for mlp, pooling, pair in zip(self.pool, self.pooling, pairs))  # (B, D)
-        texts, masks = zip(*pairs)
-        return texts, masks, pooled
+        """texts: (B, L, E) of each encoder; masks: (B, L) of each; dropped (B,): True = the null text
+        instead. Returns texts and masks, lists with one entry an encoder, and the vector (B, D)."""
+        tokens, token_masks, vector = [], [], 0
+        for text, mask, null, pooling, mlp in zip(texts, masks, self.null, self.pooling, self.pool):
+            text, mask = drop_captions(text.to(null.dtype), mask, dropped, null)
+            tokens.append(text)
+            token_masks.append(mask)
+            vector = vector + mlp(pooling(text, mask))  # (B, D)
+        return tokens, token_masks, vector
 
 
 class LabelCondition(nn.Module):
-    """Class label → vector for adaLN; the last row of the table is the null label (DiT's label dropout)."""
+    """A class label → a vector for adaLN. The last row of the table is the null label (DiT's label
+    dropout)."""
 
     def __init__(self, classes, width):
         super().__init__()
         self.table = nn.Embedding(classes + 1, width)
 
     def forward(self, labels, mask, dropped):
-        """labels (B,) integers in 0…classes-1; mask is not used; dropped (B,). Returns (None,), (None,), vector (B, D)."""
+        """labels (B,), integers in 0…classes-1; mask is not used; dropped (B,): True = the null label
+        instead. Returns no tokens, no masks, and the vector (B, D)."""
         null = self.table.num_embeddings - 1
-        return (None,), (None,), self.table(torch.where(dropped, null, labels))
+        return [None], [None], self.table(torch.where(dropped, null, labels))

@@ -1,28 +1,20 @@
-"""How well do pictures say what their prompts say? A composition benchmark, judged from pixels.
+"""Do pictures show what their prompts say? A composition benchmark, judged from pixels.
 
-    python evaluate.py                 the newest image run. On shapes: six columns, seen and unseen combinations;
-                                       on a folder: how many samples look like their caption's picture
-    python evaluate.py --video         the newest video run: motion, and the six columns frame by frame
-    python evaluate.py --video --sweep FILE.png    the same over guidance scales, as curves
+    python evaluate.py             the newest image run: six columns, for seen and unseen combinations;
+                                   of a run on a folder: how many samples look like their caption's picture
+    python evaluate.py --video     the newest video run: motion, and the six columns frame by frame
+    python evaluate.py --video --sweep FILE.png     the same over guidance scales, as curves
 
-The columns are T2I-CompBench's (Huang et al. 2023): color, shape, texture, spatial, non-spatial (here comparisons of
-size) and complex. The judge (judge.py) sees pixels alone. A prompt scores 1 if all that its column asks for is right,
-else 0:
+The columns are T2I-CompBench's (Huang et al. 2023). A prompt scores 1 if the judge (evaluation/judge.py)
+finds all that its column asks for, and as many things as the prompt names; else 0:
 
-    color, shape, texture   each named thing, found by its other attributes, has the attribute that the prompt says
-    spatial, non_spatial    the two named things are there (colour and shape), and the relation between them holds
-    complex                 every attribute, and the relation if there is one
+    color, shape, texture   each named thing, found by its other attributes, has this attribute
+    spatial, non_spatial    both named things are there, in the named relation: of position, or of size
+    complex                 every attribute is right, and the relation if there is one
 
-and in every column there must be as many things as were named. "unseen" prompts each hold a pair of colour and shape,
-or of texture and shape, that no training picture has.
-
-Of clips, `motion`, `identity`, `flicker` and `amount` are judge_clip's, over prompts of all motions, one thing and two,
-half of them with colours or textures that pictures have and clips have not (identity: on these alone); `frames` are the
-six columns, of two things that move together, as the mean over frames.
+An "unseen" prompt names a pair of colour and shape, or of texture and shape, that no training picture has.
 """
 import json
-import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,252 +23,177 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import attention
-from data import clips
-from data import folder as data
-from common import figures as pictures
-from data import shapes
-from data.clips import MOTIONS
-from common.hardware import device_of, precision_of
+from common import figures
+from common.flags import flag, read, run_command
+from common.hardware import PRECISIONS, device_of, precision_of
+from data import folder
+from diffusion import SAMPLERS
 from evaluation.judge import judge, judge_clip, look
-from pipeline import Pipeline, from_bytes
-from sample import newest_run, parse_flags
-from data.shapes import TEXTURES, Thing
-
-COLUMNS = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
+from evaluation.prompts import COLUMNS, motion_prompts, moving_prompts, only_in_pictures, prompts
+from evaluation.retrieval import retrieval
+from sample import Pipeline, choose_attention, newest_run
 
 
-@dataclass(frozen=True)
-class Prompt:
-    text: str
-    things: tuple  # what the text says, as Things; their places mean nothing
-    relation: str | None = None  # between the first two
-    motions: tuple = ()  # of clips: one a thing
-
-
-def prompts(column, unseen, count, seed=0):
-    """`count` prompts of a column. The same arguments give the same prompts. unseen: at least one held-out pair."""
-    rng, found = random.Random(f"{column} {unseen} {seed}"), []
-    while len(found) < count:
-        number = rng.choice([2, 3]) if column == "complex" else 2
-        things = [shapes.random_thing(rng, unseen and i == 0) for i in range(number)]
-        rng.shuffle(things)
-        if column != "texture" and column != "complex":
-            things = [Thing(thing.shape, thing.colour) for thing in things]
-        elif column == "texture":
-            things = [Thing(thing.shape, thing.colour, rng.choice(TEXTURES[1:])) for thing in things]
-        if any(thing.unseen for thing in things) != unseen:
-            continue
-        # each thing must be known by the attributes that the column does not ask for
-        known_by = {"color": ["shape"], "shape": ["colour"]}.get(column, ["shape", "colour"])
-        if len({tuple(getattr(thing, key) for key in known_by) for thing in things}) < number:
-            continue
-        relation = None
-        if column == "spatial" or column == "complex" and rng.random() < 0.5:
-            relation = rng.choice(shapes.RELATIONS)
-        elif column == "non_spatial":
-            relation = rng.choice(shapes.COMPARISONS)
-        found.append(Prompt(shapes.describe(things, relation, rng), tuple(things), relation))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------- the benchmark
+def with_mean(scores):
+    return scores | {"mean": float(np.mean(list(scores.values())))}
 
 
 def composition(generate, count=100, seed=0):
-    """Scores of a model on the benchmark. generate: list of prompts → (B, 3, S, S) uint8; count: prompts a column.
+    """Scores of an image model on `count` prompts a column. generate: list of prompts → (B, 3, S, S) uint8.
     Returns {"seen": {column: share, …, "mean"}, "unseen": …}."""
     scores = {}
     for name, unseen in (("seen", False), ("unseen", True)):
-        asked = [(column, p) for column in COLUMNS for p in prompts(column, unseen, count, seed)]
-        images = generate([p.text for _, p in asked]).permute(0, 2, 3, 1).numpy()
-        points = [judge(look(image), p, column) for image, (column, p) in zip(images, asked)]
-        scores[name] = {c: float(np.mean(points[i * count : (i + 1) * count])) for i, c in enumerate(COLUMNS)}
-        scores[name]["mean"] = float(np.mean(list(scores[name].values())))
+        asked = [(column, prompt) for column in COLUMNS for prompt in prompts(column, unseen, count, seed)]
+        images = generate([prompt.text for _, prompt in asked]).permute(0, 2, 3, 1).numpy()  # (B, S, S, 3)
+        points = [judge(look(image), prompt, column) for image, (column, prompt) in zip(images, asked)]
+        shares = np.reshape(points, (len(COLUMNS), count)).mean(1).tolist()
+        scores[name] = with_mean(dict(zip(COLUMNS, shares)))
     return scores
-
-
-def motion_prompts(count, seed=0):
-    """`count` prompts for clips: all motions in turn, with one thing and with two (which move alike or each its own way),
-    with attributes that training clips have and with some that only pictures have. The same arguments give the same."""
-    rng, found, kinds = random.Random(f"motion {seed}"), [], list(MOTIONS)
-    while len(found) < count:
-        turn, i = divmod(len(found), len(kinds))
-        motions = [kinds[i]] + [rng.choice([kinds[i], rng.choice(kinds)])] * (turn % 2)
-        things = [shapes.random_thing(rng) for _ in motions]
-        if only_in_pictures(things) != (turn // 2 % 2 == 1) or len({(t.colour, t.shape) for t in things}) < len(things):
-            continue
-        if clips.random_path(things, motions, None, rng, 8):  # can be drawn
-            text = clips.describe(things, motions, None, rng)
-            found.append(Prompt(text, tuple(clips.unsized(things, motions)), motions=tuple(motions)))
-    return found
-
-
-def only_in_pictures(things):
-    """Whether some thing has a colour or texture that no training clip has."""
-    return any(thing.colour not in clips.COLOURS or thing.texture not in clips.TEXTURES for thing in things)
-
-
-def moving_prompts(column, count, seed=0):
-    """`count` of a column's prompts that name two things, which move together."""
-    rng, found = random.Random(f"moving {column} {seed}"), []
-    for prompt in prompts(column, False, 20 * count, seed):
-        motions = [rng.choice(list(MOTIONS))] * 2
-        things = shapes.sized(prompt.things, prompt.relation)
-        if len(things) == 2 and len(found) < count and clips.random_path(things, motions, prompt.relation, rng, 8):
-            things = tuple(clips.unsized(prompt.things, motions))
-            found.append(Prompt(clips.describe(things, motions, prompt.relation, rng), things, prompt.relation, tuple(motions)))
-    return found
 
 
 def motion(generate, count=100, seed=0):
-    """Scores of a video model. generate: list of prompts → (B, F, 3, S, S) uint8; count: prompts for motion, and a fifth
-    of it for each column. Returns {motion, motion_one (one thing that moves), identity, flicker, amount, frames}."""
+    """Scores of a video model on `count` prompts for motion, and a fifth of that for each column. generate:
+    list of prompts → (B, F, 3, S, S) uint8. Returns the means of judge_clip's scores, and
+
+    motion_one   motion, where one thing moves
+    identity     if any prompt names what only pictures have: of those prompts
+    frames       {column: share, …, "mean"}, over all frames"""
     asked = motion_prompts(count, seed)
     of_columns = {column: moving_prompts(column, max(1, count // 5), seed) for column in COLUMNS}
-    made = generate([p.text for p in [*asked, *sum(of_columns.values(), [])]]).permute(0, 1, 3, 4, 2).numpy()
-    points = [judge_clip(clip, p.things, p.motions)[0] for clip, p in zip(made, asked)]
-    average = lambda key, chosen: float(np.mean([s[key] for s, p in zip(points, asked) if chosen(p)]))
-    everything = lambda p: True
-    scores = {key: average(key, everything) for key in ("motion", "flicker", "amount")}
-    scores["motion_one"] = average("motion", lambda p: len(p.things) == 1 and p.motions[0] != "standing still")
-    few = not any(only_in_pictures(p.things) for p in asked)  # the first such prompt is the 23rd
-    scores["identity"] = average("identity", lambda p: few or only_in_pictures(p.things))
-    rest, scores["frames"] = iter(made[len(asked) :]), {}
-    for column, chosen in of_columns.items():
-        scores["frames"][column] = float(np.mean([judge(look(f), p, column) for p in chosen for f in next(rest)]))
-    scores["frames"]["mean"] = float(np.mean(list(scores["frames"].values())))
-    return scores
+    clips = generate([prompt.text for group in (asked, *of_columns.values()) for prompt in group])
+    clips = clips.permute(0, 1, 3, 4, 2).numpy()  # (B, F, S, S, 3)
+    points = [judge_clip(clip, prompt.things, prompt.motions) for clip, prompt in zip(clips, asked)]
+    one = [len(prompt.things) == 1 and prompt.motions[0] != "standing still" for prompt in asked]
+    new = [only_in_pictures(prompt.things) for prompt in asked]
+
+    def mean(key, chosen):
+        return float(np.mean([score[key] for score, included in zip(points, chosen) if included]))
+
+    everything = [True] * count
+    scores = {key: mean(key, everything) for key in ("motion", "flicker", "amount")}
+    scores["motion_one"] = mean("motion", one)
+    scores["identity"] = mean("identity", new if any(new) else everything)
+    rest, frames = iter(clips[count:]), {}
+    for column, group in of_columns.items():
+        judged = [judge(look(frame), prompt, column) for prompt in group for frame in next(rest)]
+        frames[column] = float(np.mean(judged))
+    return scores | {"frames": with_mean(frames)}
 
 
-def retrieval(model, dataset, generate, count=100, seed=0):
-    """For `count` training captions: the share of samples whose nearest training picture, by distance in the latent, is
-    a picture of that caption."""
-    chosen = random.Random(seed).sample(range(len(dataset.captions)), min(count, len(dataset.captions)))
-
-    def encode(images):
-        parts = (from_bytes(part).to(model.device) for part in images.split(256))
-        return torch.cat([model.autoencoder.encode(part).flatten(1) for part in parts])
-
-    with torch.no_grad():
-        latents = encode(dataset.pictures(range(len(dataset.captions))))
-        samples = encode(generate([dataset.captions[i] for i in chosen]))
-    nearest = torch.cdist(samples, latents).argmin(1).tolist()
-    return float(np.mean([dataset.captions[n] == dataset.captions[i] for n, i in zip(nearest, chosen)]))
+MOTION_SCALES, TEXT_SCALES = (0.0, 1.0, 1.1, 1.2, 1.3, 1.6, 2.0), (1.0, 2.0, 4.0, 7.5)
 
 
-def table(scores):
-    """The scores as lines of text."""
-    rows = ["".ljust(8) + "".join(name.rjust(13) for name in (*COLUMNS, "mean"))]
-    for name in ("seen", "unseen"):
-        rows.append(name.ljust(8) + "".join(f"{scores[name][c]:13.3f}" for c in (*COLUMNS, "mean")))
-    return "\n".join(rows)
+def sweep(generate, count, seed, path, motions=MOTION_SCALES, texts=TEXT_SCALES):
+    """Scores over λ_M at λ_T = 2, and over λ_T at λ_M = 1: printed, drawn as curves to path, and returned."""
+    curves = {"over lambda-m, at lambda-t 2": [(2.0, scale) for scale in motions],
+              "over lambda-t, at lambda-m 1": [(scale, 1.0) for scale in texts]}
+    rows, panels = {}, []
+    for scales in dict.fromkeys(sum(curves.values(), [])):
+        row = motion(lambda prompts: generate(prompts, *scales), count, seed)
+        rows[scales] = row | {"frames": row["frames"]["mean"]}
+        shown = "  ".join(f"{key} {score:.3f}" for key, score in rows[scales].items())
+        print("λ_T {:g} λ_M {:g}: ".format(*scales) + shown)
+    for (title, points), xs in zip(curves.items(), (motions, texts)):
+        keys = ("motion", "identity", "amount", "frames")
+        series = {key: (xs, [rows[scales][key] for scales in points]) for key in keys}
+        panels.append(figures.curves(series, title, (480, 320), logarithmic=False))
+    figures.side_by_side(panels).save(path)
+    return {"sweep": [dict(lambda_t=t, lambda_m=m, **row) for (t, m), row in rows.items()]}
 
 
-def video_table(scores):
-    """The scores of clips as lines of text."""
-    keys = ("motion", "motion_one", "identity", "flicker", "amount")
-    names, frames = (*COLUMNS, "mean"), scores["frames"]
-    return "\n".join([
-        "".join(key.rjust(13) for key in keys), "".join(f"{scores[key]:13.3f}" for key in keys),
-        "frames".ljust(8) + "".join(name.rjust(13) for name in names), " " * 8 + "".join(f"{frames[name]:13.3f}" for name in names),
-    ])  # fmt: skip
-
-
-def sweep(generate, count, seed, path, motions=(0.0, 1.0, 1.1, 1.2, 1.3, 1.6, 2.0), texts=(1.0, 2.0, 4.0, 7.5)):
-    """Scores over λ_M at λ_T = 2, and over λ_T at λ_M = 1, printed and drawn as curves to path. Returns them."""
-    rows = {}
-    for lambda_t, lambda_m in [(2.0, m) for m in motions] + [(t, 1.0) for t in texts if t != 2.0]:
-        s = motion(lambda prompts: generate(prompts, lambda_t, lambda_m), count, seed)
-        rows[lambda_t, lambda_m] = s | {"frames": s["frames"]["mean"]}
-        print(f"λ_T {lambda_t:g} λ_M {lambda_m:g}: " + "  ".join(f"{k} {v:.3f}" for k, v in rows[lambda_t, lambda_m].items()))
-    panels = []
-    for title, xs, points in (
-        ("over lambda-m, at lambda-t 2", motions, [(2.0, m) for m in motions]),
-        ("over lambda-t, at lambda-m 1", texts, [(t, 1.0) for t in texts]),
-    ):
-        series = {key: (xs, [rows[p][key] for p in points]) for key in ("motion", "identity", "amount", "frames")}
-        panels.append(pictures.curves(series, title, (480, 320), logarithmic=False))
-    pictures.side_by_side(panels).save(path)
-    return {"sweep": [dict(lambda_t=t, lambda_m=m, **s) for (t, m), s in rows.items()]}
+def print_table(rows):
+    """rows: {name: {column: number}}, all with the same columns."""
+    for i, (name, row) in enumerate(rows.items()):
+        if i == 0:
+            print(" " * 8 + "".join(column.rjust(13) for column in row))
+        print(name.ljust(8) + "".join(f"{number:13.3f}" for number in row.values()))
 
 
 @dataclass
-class Config:
-    checkpoint: str = ""  # a run's folder; the newest one if not given
-    json: str = ""  # a file for the scores, and for what made them
-    prompts: int = 100  # a column; of clips: for motion, and a fifth of it a column
-    sampler: str = "sde"
-    steps: int = 16
-    lambda_t: float = 2.0
-    lambda_m: float = 1.0
-    video: bool = False
-    frames: int = 0  # with --video: a clip, if not as many as the model was trained on
-    sweep: str = ""  # with --video: a file for the curves over --lambda-m and --lambda-t
-    seed: int = 0
-    batch_size: int = 100
-    precision: str = "auto"  # of products: fp32, bf16, or auto: what the run was trained in, if on this processor
-    device: str = "auto"
+class Flags:
+    checkpoint: str = flag("", "a run's folder; the newest run's if not given")
+    json: str = flag("", "a file for the scores and the settings that made them")
+    prompts: int = flag(100, "prompts a column; with --video: for motion, and a fifth of it a column", low=1)
+    sampler: str = flag("sde", "see diffusion.py", choices=tuple(SAMPLERS))
+    steps: int = flag(16, "of the sampler", low=1)
+    lambda_t: float = flag(2.0, "guidance by text; 1: none")
+    lambda_m: float = flag(1.0, "guidance by motion, of clips; 1: none")
+    video: bool = flag(False, "a video run")
+    frames: int = flag(0, "with --video: of a clip; 0: as many as in training", low=0)
+    sweep: str = flag("", "with --video: a picture file for curves over --lambda-m and --lambda-t")
+    seed: int = flag(0, "of prompts and noise")
+    batch_size: int = flag(100, "pictures made at once; with --video, frames", low=1)
+    precision: str = flag("auto", "of products; auto: as in training, on this processor", choices=PRECISIONS)
+    device: str = flag("auto", "as torch names it; auto: a GPU if there is one")
+
+
+def check(flags):
+    """ValueError for flags that do not go together, and for files that could not be written."""
+    for name in ("sweep", "frames"):
+        value = getattr(flags, name)
+        if value and not flags.video:
+            raise ValueError(f"--{name} {value}: of clips only; give --video too")
+    if flags.frames == 1:
+        raise ValueError("--frames 1: a clip has at least 2")
+    suffix = Path(flags.sweep).suffix.lower()
+    if flags.sweep and Image.registered_extensions().get(suffix) not in Image.SAVE:
+        raise ValueError(f"--sweep {flags.sweep}: no kind of picture; call it NAME.png")
+    for name in ("sweep", "json"):
+        parent = Path(getattr(flags, name)).parent
+        if not parent.is_dir():
+            raise ValueError(f"--{name} {getattr(flags, name)}: there is no folder {parent}")
 
 
 def main(arguments):
-    config = Config()
-    if rest := parse_flags(config, arguments):
-        raise ValueError(f"{rest[0]!r} is not a flag; flags look like --seed 1")
-    for field in ("prompts", "batch_size"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be at least 1")
-    folder, device = config.checkpoint or newest_run("video" if config.video else "image"), device_of(config.device)
-    attention.use("auto", device)
-    model = Pipeline.load(folder).to(device)
-    model.precision = precision_of(config.precision, device, model.trained_in)
-    source = model.config["flags"]["data"]
+    flags, _, _ = read(Flags, arguments, "python evaluate.py", __doc__.partition("\n")[0])
+    check(flags)
+    run = flags.checkpoint or newest_run("video" if flags.video else "image")
+    device = device_of(flags.device)
+    model = Pipeline.load(run).to(device)
+    model.precision = precision_of(flags.precision, device, model.trained_in)
+    choose_attention(model, "auto", device)
+    if flags.video and model.config["flags"].get("clips") not in (None, "shapes"):
+        raise ValueError(f"{run} was trained on clips from a folder; --video judges clips of shapes")
+    if flags.video != model.transformer.config.temporal:
+        found, advice = ("an image", "leave out") if flags.video else ("a video", "give")
+        raise ValueError(f"{run} holds {found} model: {advice} --video")
+    frames = 0
+    if flags.video:
+        frames = flags.frames or model.config["frames"]
+    size = max(1, flags.batch_size // max(1, frames))
 
-    for field in ("sweep", "frames"):
-        if (value := getattr(config, field)) and not config.video:
-            raise ValueError(f"--{field} {value}: of clips only; give --video too")
-    if config.sweep and Image.registered_extensions().get(Path(config.sweep).suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--sweep {config.sweep}: no kind of picture; call it NAME.png")
-    for field in ("sweep", "json"):
-        if not (parent := Path(getattr(config, field)).parent).is_dir():
-            raise ValueError(f"--{field} {getattr(config, field)}: there is no folder {parent}")
-    if config.frames < 0 or config.frames == 1:
-        raise ValueError(f"--frames {config.frames}: a clip has at least 2")
-    if config.video and model.config["flags"].get("clips") not in (None, "shapes"):
-        raise ValueError(f"{folder} was trained on clips from a folder; --video judges clips of shapes")
-    if config.video != model.transformer.config.temporal:
-        raise ValueError(f"{folder} holds {'an image' if config.video else 'a video'} model: {'leave out' if config.video else 'give'} --video")
-    frames = (config.frames or model.config["frames"]) if config.video else 0
-    size = max(1, config.batch_size // max(1, frames))
-
-    def generate(texts, lambda_t=config.lambda_t, lambda_m=config.lambda_m):
+    def generate(texts, lambda_t=flags.lambda_t, lambda_m=flags.lambda_m):
+        """List of N prompts → (N, 3, S, S) uint8, or clips (N, F, 3, S, S)."""
+        options = flags.seed, flags.sampler, flags.steps, lambda_t, lambda_m
         parts = [texts[i : i + size] for i in range(0, len(texts), size)]
-        return torch.cat([
-            model.generate(part, config.seed, config.sampler, config.steps, lambda_t, lambda_m, frames=frames)
-            for part in tqdm(parts, desc="sampling", disable=None, leave=False)
-        ])  # fmt: skip
+        bar = tqdm(parts, desc="sampling", disable=None, leave=False)
+        return torch.cat([model.generate(part, *options, frames=frames) for part in bar])
 
-    if config.sweep:
-        scores = sweep(generate, config.prompts, config.seed, config.sweep)
-    elif config.video:
-        scores = motion(generate, config.prompts, config.seed)
-        print(video_table(scores))
+    count, source = flags.prompts, model.config["flags"]["data"]
+    if flags.sweep:
+        scores = sweep(generate, count, flags.seed, flags.sweep)
+    elif flags.video:
+        scores = motion(generate, count, flags.seed)
+        keys = ("motion", "motion_one", "identity", "flicker", "amount")
+        print_table({"": {key: scores[key] for key in keys}})
+        print_table({"frames": scores["frames"]})
     elif source == "shapes":
-        scores = composition(generate, config.prompts, config.seed)
-        print(table(scores))
+        scores = composition(generate, count, flags.seed)
+        print_table(scores)
     else:
-        dataset = data.load(source, model.config["image_size"])
-        scores = {"retrieval": retrieval(model, dataset, generate, config.prompts, config.seed)}
-        print(f"nearest training picture is the caption's own: {scores['retrieval']:.2f} of {min(config.prompts, len(dataset))} captions")
-    if config.json:
-        made_by = {key: getattr(config, key) for key in ("seed", "sampler", "steps", "lambda_t", "lambda_m", "prompts")}
-        made_by |= {"frames_a_clip": frames} if config.video else {}
-        scores |= {"checkpoint": str(folder), "precision": model.precision, **made_by}
-        Path(config.json).write_text(json.dumps(scores, indent=1) + "\n")
+        dataset = folder.load(source, model.config["image_size"])
+        share = retrieval(model.autoencoder, dataset, generate, count, flags.seed)
+        asked = min(count, len(dataset))
+        print(f"nearest training picture is the caption's own: {share:.2f} of {asked} captions")
+        scores = {"retrieval": share}
+    if flags.json:
+        settings = ("seed", "sampler", "steps", "lambda_t", "lambda_m", "prompts")
+        made_by = {name: getattr(flags, name) for name in settings}
+        if flags.video:
+            made_by["frames_a_clip"] = frames
+        scores |= {"checkpoint": str(run), "precision": model.precision, **made_by}
+        Path(flags.json).write_text(json.dumps(scores, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+    run_command(main)

@@ -4,107 +4,228 @@
     python sample.py --frames 8 --lambda-t 7.5 --lambda-m 1.2 "a red circle moving left"
     python sample.py --prompts color_val.txt --per-prompt 10 --out color
 
-reads the newest run (or --checkpoint DIR) and writes a grid of pictures with their captions to samples.png; for clips, with
---frames, an animation to samples.gif (--out FILE.webp or .mp4) and all its frames to samples.png.
+The command reads the newest run, or --checkpoint DIR. It writes a grid of pictures to samples.png. With
+--frames it writes an animation to samples.gif (--out NAME.webp or NAME.mp4) and all frames of it to
+samples.png.
 
---prompts reads one prompt a line (as T2I-CompBench's lists have them) or a table with tabs and a column "Prompt" (as
-PartiPrompts'), and writes OUT/samples/PROMPT_NUMBER.png, numbered on from prompt to prompt: the folder that
-T2I-CompBench's scripts read. What is there already is left alone, so the command goes on where it was stopped; under
-torchrun each process draws its share.
+--prompts reads a list of prompts: one a line, as T2I-CompBench has them, or a table with tabs and a column
+"Prompt", as PartiPrompts. It writes OUT/samples/PROMPT_NUMBER.png, the folder that T2I-CompBench's scripts
+read. Pictures that are there already stay, so the command goes on where it was stopped. Under torchrun each
+process draws its share.
+
+`Pipeline` is what a prompt passes through: tokenizer → text encoder → diffusion transformer, called by a
+sampler under guidance → autoencoder. Letters: B batch, F frames, C latent channels, L text tokens, E width of
+an encoder.
 """
-import dataclasses
-import difflib
-import os
+import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from tqdm import tqdm
+from torch import nn
 
-import attention
-from common import figures as pictures
-from common.hardware import device_of, precision_of
-from pipeline import Pipeline
+from attention import choose_attention
+from common import figures
+from common.figures import to_bytes
+from common.files import FORMAT, check_format
+from common.flags import flag, read, run_command
+from common.hardware import PRECISIONS, device_of, precision_of, products_in
+from data.prompt_lists import output_of, progress, read_prompts, words_of, write_folder
+from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, gaussian, motion_free_guidance
+from dit import GenTron, ModelConfig
+from encoders import weights
+from encoders.autoencoders import build
+from encoders.t5 import T5Config, T5Encoder, Tokenizer
+from encoders.text import LOADERS
+
+
+class Pipeline(nn.Module):
+    """All parts of a text-to-image or text-to-video model.
+
+    config: a dictionary that is saved with the weights. "model", "diffusion" and "autoencoder" hold the
+    arguments of those classes; "text" those of the mini T5, which trains along, or "published" the folders of
+    frozen encoders, {"clip": DIR, "t5": DIR} or one of the two; "image_size" and, of a video model, "frames";
+    "words" those of the training captions, if they are known; "flags" and "processor" tell how it was
+    trained. tokenizer: the mini T5's. empty: the transformer has no values yet. ValueError if a published
+    folder is not what it should be."""
+
+    def __init__(self, config, tokenizer=None, empty=False):
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.precision = "fp32"  # or "bf16": of the products in `generate`
+        with torch.device("meta" if empty else "cpu"):
+            self.transformer = GenTron(ModelConfig(**config["model"]))
+        published = config.get("published")
+        if published:
+            parts = [LOADERS[name](folder, torch.bfloat16) for name, folder in published.items()]
+        else:
+            parts = [(tokenizer, T5Encoder(T5Config(**config["text"])))]
+        self.tokenizers = [tokenizer for tokenizer, _ in parts]
+        self.text_encoders = nn.ModuleList(encoder for _, encoder in parts).requires_grad_(not published)
+        self.autoencoder = build(config["autoencoder"]).requires_grad_(False)
+        self.diffusion = Diffusion(**config["diffusion"])
+
+    @property
+    def device(self):
+        return self.autoencoder.shift.device
+
+    @property
+    def trained_in(self):
+        """What hardware.precision_of takes: the processor that trained this model, and the precision chosen
+        there."""
+        return dict(processor=self.config.get("processor"), precision=self.config["flags"].get("precision"))
+
+    def encode_text(self, captions):
+        """List of B captions → for each encoder its vectors (B, L, E), and a mask (B, L), True = a token."""
+        texts, masks = [], []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders):
+            tokens, mask = (part.to(self.device) for part in tokenizer(captions))  # (B, L) each
+            texts.append(encoder(tokens, mask))
+            masks.append(mask)
+        return texts, masks
+
+    @torch.no_grad()
+    def generate(
+        self, prompts, seed=0, sampler="sde", steps=16, lambda_t=2.0, lambda_m=1.0, rescale=0.0,
+        interval=(0.0, 1.0), frames=0, size=None,
+    ):
+        """List of B prompts → pictures (B, 3, H, W) uint8, or from a video model clips (B, F, 3, H, W).
+
+        A prompt's result depends on the prompt and the seed (one for all, or a list) alone, up to rounding: a
+        batch of another size is multiplied by other kernels. lambda_t, lambda_m, rescale, interval: the
+        guidance of diffusion.py. frames: F, and size: (H, W), if not as the model was trained. ValueError for
+        an unknown sampler, a number of steps that is not possible, or frames of an image model."""
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+        seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
+        generators = [generator_of(prompt, seed) for prompt, seed in zip(prompts, seeds)]
+        x = gaussian(self.latent_shape(frames, size), generators).to(self.device)  # (B, [F,] C, h, w)
+        model = self.guided(prompts, lambda_t, lambda_m, rescale, interval)
+        x = SAMPLERS[sampler](model, self.diffusion, x, steps, generators)
+        return self.decode(x)
+
+    def latent_shape(self, frames=0, size=None):
+        """([F,] C, h, w)"""
+        H, W = size or (self.config["image_size"],) * 2
+        shape = (self.transformer.config.channels, H // self.autoencoder.factor, W // self.autoencoder.factor)
+        if self.transformer.config.temporal:
+            return (frames or self.config["frames"], *shape)
+        if frames:
+            raise ValueError("--frames: this is an image model; train one of clips: `python train.py video`")
+        return shape
+
+    def guided(self, prompts, lambda_t, lambda_m, rescale, interval):
+        """The model(x, t) that a sampler calls: the transformer under guidance."""
+        with products_in(self.precision, self.device):
+            texts, masks = self.encode_text(prompts)
+
+        def predict(x, t, **condition):
+            with products_in(self.precision, self.device):
+                return self.transformer(x, t, **condition).to(x.dtype)  # guidance and sampler compute in fp32
+
+        no = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        given = dict(text=texts, text_mask=masks, dropped=no, motion_free=no)  # (c_T, c_M)
+        null_text = given | dict(dropped=~no)  # (∅, c_M)
+        neither = given | dict(dropped=~no, motion_free=~no)  # (∅, ∅)
+        options = rescale, interval, self.diffusion.steps
+        if self.transformer.config.temporal:
+            return motion_free_guidance(predict, given, null_text, neither, lambda_t, lambda_m, *options)
+        return classifier_free_guidance(predict, given, null_text, lambda_t, *options)
+
+    def decode(self, x):
+        """Latents (B, [F,] C, h, w) → (B, [F,] 3, H, W) uint8, 64 pictures at a time."""
+        parts = x.reshape(-1, *x.shape[-3:]).split(64)
+        pictures = torch.cat([to_bytes(self.autoencoder.decode(part)).cpu() for part in parts])
+        return pictures.view(*x.shape[:-3], *pictures.shape[1:])
+
+    def unknown_words(self, prompt):
+        """The words of a prompt that no training caption had; none if the captions' words are not known."""
+        known = self.config["words"]
+        return sorted(set(words_of(prompt)) - set(known)) if known else []
+
+    def save(self, path, state=None):
+        """Writes weights (`state`, if given, in place of the module's own), config and tokenizer to one
+        safetensors file."""
+        state = dict(state or self.state_dict())
+        if "published" in self.config:  # their folders are named in the config
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("text_encoders.")}
+        else:
+            state["tokenizer"] = torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8)
+        weights.write(path, state, {"config": json.dumps(self.config), "format": str(FORMAT)})
+
+    @classmethod
+    def load(cls, folder, **published):
+        """The model of a run's folder, or of its model.safetensors. published: the folders of encoders that
+        have moved, clip=DIR, t5=DIR. ValueError, naming the file, if there is none or it does not fit."""
+        path = Path(folder) if Path(folder).is_file() else Path(folder) / "model.safetensors"
+        if not path.exists():
+            raise ValueError(f"no model.safetensors in {folder}: is it a run of train.py image?")
+        tensors, metadata = weights.read(path)
+        check_format(path, metadata.get("format"))
+        try:
+            config = json.loads(metadata["config"])
+            tokenizer = None
+            if "tokenizer" in tensors:
+                tokenizer = Tokenizer(tensors.pop("tokenizer").numpy().tobytes())
+            config.get("published", {}).update({name: moved for name, moved in published.items() if moved})
+            model = cls(config, tokenizer, empty=True)
+            model.transformer.to_empty(device="cpu")
+            missing, unexpected = model.load_state_dict(tensors, strict=False)
+            missing = [name for name in missing if tokenizer or not name.startswith("text_encoders.")]
+            if missing or unexpected:
+                raise ValueError(f"of its tensors are missing {missing[:3]}, too many {unexpected[:3]}")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path} is not a model of train.py image: {reason}") from None
+        return model.eval()
+
+
+def generator_of(prompt, seed):
+    """The random numbers of a prompt's picture, from prompt and seed alone."""
+    key = hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:7]
+    return torch.Generator().manual_seed(int.from_bytes(key, "little"))
 
 
 def newest_run(stage="image"):
     """The folder of the run whose model was written last. ValueError if there is none."""
     found = sorted(Path("runs").glob(f"{stage}*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError(f"no run found in runs/: train one with `python train.py {stage}`, or name one: --checkpoint DIR")
+        hint = f"train one with `python train.py {stage}`, or name one: --checkpoint DIR"
+        raise ValueError(f"no run found in runs/: {hint}")
     return found[-1].parent
 
 
-def parse_flags(config, arguments):
-    """Reads `--key value` (or `--flag` alone for a switch) into the fields of a dataclass instance, by their types, and
-    returns the arguments that are no flags. ValueError names an unknown key, with the nearest one, or a bad value."""
-    fields, rest, arguments = {f.name: f for f in dataclasses.fields(config)}, [], list(arguments)
-    while arguments:
-        word = arguments.pop(0)
-        if not word.startswith("--"):
-            rest.append(word)
-            continue
-        key, equals, value = word[2:].partition("=")
-        name = key.replace("-", "_")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1, 0)[0].replace("_", "-")
-            raise ValueError(f"unknown flag --{key}; did you mean --{near}?")
-        kind = fields[name].type
-        if not equals:
-            if kind is bool and (not arguments or arguments[0] not in ("true", "false")):
-                value = "true"
-            elif not arguments:
-                raise ValueError(f"--{key} needs a value")
-            else:
-                value = arguments.pop(0)
-        try:
-            value = {"true": True, "false": False}[value] if kind is bool else kind(value)
-        except (ValueError, KeyError):
-            raise ValueError(f"--{key} {value}: not a {dict(int='whole number', float='number', bool='true or false')[kind.__name__]}") from None  # fmt: skip
-        setattr(config, name, value)
-    return rest
+# -------------------------------------------------------------------------------------------------------- the
+# command
 
 
 @dataclass
-class Config:
-    checkpoint: str = ""  # a run's folder; the newest one if not given
-    clip: str = ""  # the folder of the published CLIP, where the run had one and it has moved since
-    t5: str = ""  # the same, of T5
-    out: str = ""  # the file to write (samples.png), or the folder for --prompts (samples)
-    prompts: str = ""  # a file of prompts
-    per_prompt: int = 1  # samples of each prompt of --prompts
-    grid: bool = False  # with --prompts: one grid instead
-    sampler: str = "sde"  # sde or dpm (DPM-Solver++, with new noise or without), ddim or ddpm
-    steps: int = 16
-    lambda_t: float = 2.0  # guidance by the text; 1: none
-    lambda_m: float = 1.0  # clips: guidance by motion; 1: none
-    frames: int = 0  # clips of so many frames, from a video model
-    fps: int = 4  # frames a second, of the file
-    image_size: str = ""  # pixels each way, or HEIGHTxWIDTH, if not as trained
-    rescale: float = 0.0
-    guide_from: float = 0.0  # guide in this interval of noise levels: 0 is clean, 1 is noise
-    guide_to: float = 1.0
-    seed: int = 0
-    batch_size: int = 32
-    zoom: int = 3  # how many times larger a grid shows a picture
-    attention: str = "auto"  # fused, written, or auto
-    precision: str = "auto"  # of products: fp32, bf16, or auto: what the run was trained in, if on this processor
-    device: str = "auto"
-
-
-def read_prompts(path):
-    """The prompts of a file: its non-empty lines, or of a table its column "Prompt". ValueError if it is not in UTF-8."""
-    try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts {path}: not a text file in UTF-8") from None
-    head = lines[0].split("\t") if lines else []
-    if "Prompt" in head and len(head) > 1:
-        lines = [line.split("\t")[head.index("Prompt")] for line in lines[1:]]
-    return [line.strip() for line in lines]
+class Flags:
+    checkpoint: str = flag("", "a run's folder; the newest run if not given", group="model")
+    clip: str = flag("", "the folder of the published CLIP, if it has moved since the training")
+    t5: str = flag("", "the folder of the published T5, if it has moved since the training")
+    prompts: str = flag("", "a file of prompts", group="what to draw")
+    per_prompt: int = flag(1, "samples of each prompt of --prompts", low=1)
+    seed: int = flag(0, "another seed is another picture")
+    frames: int = flag(0, "of a clip, from a video model; 0: as it was trained", low=0)
+    image_size: str = flag("", "pixels each way, or HEIGHTxWIDTH, if not as trained")
+    sampler: str = flag("sde", "a solver's name", choices=tuple(SAMPLERS), group="sampling")
+    steps: int = flag(16, "calls of the model")
+    lambda_t: float = flag(2.0, "guidance by text; 1: none")
+    lambda_m: float = flag(1.0, "clips: guidance by motion; 1: none")
+    rescale: float = flag(0.0, "pulls guided outputs back to the plain ones' spread", low=0, high=1)
+    guide: str = flag("0,1", "guide between these noise levels, 0 = clean, 1 = noise")
+    out: str = flag("", "the file (samples.png), or with --prompts the folder (samples)", group="output")
+    grid: bool = flag(False, "with --prompts: one grid in place of a folder")
+    zoom: int = flag(3, "how many times larger a grid shows a picture", low=1)
+    fps: int = flag(4, "frames a second, of the file", low=1)
+    batch_size: int = flag(32, "prompts drawn together", low=1, group="hardware")
+    precision: str = flag("auto", "of products; auto: as in training, on its processor", choices=PRECISIONS)
+    attention: str = flag("auto", "auto: fused on a GPU", choices=("auto", "fused", "written"))
+    device: str = flag("auto", "auto, cpu, cuda, mps")
 
 
 def read_size(text):
@@ -115,85 +236,58 @@ def read_size(text):
     return tuple(map(int, sides))
 
 
-def file_name(prompt, number, suffix):
-    """PROMPT_NUMBER.png; a slash or underscore in the prompt becomes a space, for the number is what follows "_"; a very
-    long prompt is cut to what a file system takes."""
-    name = "".join(" " if c in "/_\\" or not c.isprintable() else c for c in prompt)
-    return f"{name.encode()[:200].decode(errors='ignore')}_{number:06d}{suffix}"
-
-
-def save(result, path, fps):
-    """One picture (3, H, W) or clip (F, 3, H, W), uint8, to a file that appears whole or not at all."""
-    part = path.with_name(f".part-{os.getpid()}{path.suffix}")
-    if result.ndim == 4:
-        pictures.animation(result[None], None, fps, part, zoom=1)
-    else:
-        Image.fromarray(np.asarray(result.permute(1, 2, 0))).save(part)
-    os.replace(part, path)
+def read_interval(text):
+    """"0.2,0.8" → (0.2, 0.8). ValueError unless it is two rising numbers from 0 to 1."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"--guide {text}: must be two rising numbers from 0 to 1, as 0.2,0.8")
+    return low, high
 
 
 def main(arguments):
-    config = Config()
-    prompts = parse_flags(config, arguments)
-    if config.prompts:
-        prompts += read_prompts(config.prompts)
+    flags, _, prompts = read(Flags, arguments, "python sample.py", __doc__.partition("\n")[0], words="PROMPT")
+    if flags.prompts:
+        prompts = prompts + read_prompts(flags.prompts)
     if not prompts or not all(map(str.strip, prompts)):
         raise ValueError('no prompt: python sample.py "a red circle above a blue square", or --prompts FILE')
-    for field in ("batch_size", "fps", "zoom", "per_prompt"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be at least 1")
-    if config.frames < 0:
-        raise ValueError(f"--frames {config.frames}: must be at least 1")
-    size = read_size(config.image_size) if config.image_size else None
-    folder, device = config.checkpoint or newest_run("video" if config.frames else "image"), device_of(config.device)
-    attention.use(config.attention, device)
-    model = Pipeline.load(folder, clip=config.clip, t5=config.t5).to(device)
-    model.precision = precision_of(config.precision, device, model.trained_in)
+    size = read_size(flags.image_size) if flags.image_size else None
+    interval = read_interval(flags.guide)
+    folder = flags.checkpoint or newest_run("video" if flags.frames else "image")
+    device = device_of(flags.device)
+    model = Pipeline.load(folder, clip=flags.clip, t5=flags.t5).to(device)
+    model.precision = precision_of(flags.precision, device, model.trained_in)
+    choose_attention(model, flags.attention, device)
     clips = model.transformer.config.temporal
-    many = config.prompts and not config.grid
-    out = Path(config.out or ("samples" if many else "samples.gif" if clips else "samples.png"))
-    if clips and out.suffix not in pictures.ANIMATED and not (many and not out.suffix):
-        raise ValueError(f"--out {out}: clips are written as {', '.join(pictures.ANIMATED)}")
-    if not clips and not many and Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--out {out}: no kind of picture; call it NAME.png")
+    into_folder = flags.prompts and not flags.grid
+    out = output_of(flags.out, into_folder, clips)
     for prompt in prompts:
         if unknown := model.unknown_words(prompt):
             print(f'note: in "{prompt}" no training caption had: {", ".join(unknown)}', file=sys.stderr)
 
-    def generate(prompts, seeds):
-        interval = (config.guide_from, config.guide_to)
-        return model.generate(
-            prompts, seeds, config.sampler, config.steps, config.lambda_t, config.lambda_m, config.rescale, interval,
-            config.frames, size,
-        )  # fmt: skip
+    def draw(prompts, seeds):
+        guidance = flags.lambda_t, flags.lambda_m, flags.rescale, interval
+        return model.generate(prompts, seeds, flags.sampler, flags.steps, *guidance, flags.frames, size)
 
-    bar = lambda n: tqdm(range(0, n, config.batch_size), desc="sampling", disable=None)
-    if many:
-        folder_out = out / "samples"
-        folder_out.mkdir(parents=True, exist_ok=True)
-        wanted = [(prompt, j, i * config.per_prompt + j) for i, prompt in enumerate(prompts) for j in range(config.per_prompt)]
-        files = [folder_out / file_name(prompt, number, ".gif" if clips else ".png") for prompt, _, number in wanted]
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        mine = [k for k in range(rank, len(wanted), world) if not files[k].exists()]
-        for i in bar(len(mine)):
-            batch = mine[i : i + config.batch_size]
-            results = generate([wanted[k][0] for k in batch], [config.seed + wanted[k][1] for k in batch])
-            for k, result in zip(batch, results):
-                save(result, files[k], config.fps)
-        print(f"{len(mine)} new of {len(wanted)} {'clips' if clips else 'pictures'} from {folder}, {model.precision} products → {folder_out}")
+    kind = "clip" if clips else "picture"
+    source = f"from {folder}, {model.precision} products"
+    if into_folder:
+        samples = [(prompt, flags.seed + k) for prompt in prompts for k in range(flags.per_prompt)]
+        new, count = write_folder(draw, samples, out / "samples", flags.batch_size, clips, flags.fps)
+        print(f"{new} new of {count} {kind}s {source} → {out / 'samples'}")
         return
-    done = torch.cat([generate(prompts[i : i + config.batch_size], config.seed) for i in bar(len(prompts))])
+    batches = (prompts[i : i + flags.batch_size] for i in progress(len(prompts), flags.batch_size))
+    done = torch.cat([draw(batch, [flags.seed] * len(batch)) for batch in batches])
     out.parent.mkdir(parents=True, exist_ok=True)
     if clips:
-        pictures.animation(done, prompts, config.fps, out, config.zoom)
-        pictures.sheet(done, prompts).save(out.with_suffix(".png"))
+        figures.animation(done, prompts, flags.fps, out, flags.zoom)
+        figures.sheet(done, prompts).save(out.with_suffix(".png"))
     else:
-        pictures.grid(done, prompts, min(len(done), 6), config.zoom).save(out)
-    print(f"{len(done)} {'clip' if clips else 'picture'}{'s' * (len(done) > 1)} from {folder}, {model.precision} products → {out}")
+        figures.grid(done, prompts, min(len(done), 6), flags.zoom).save(out)
+    print(f"{len(done)} {kind}{'s' * (len(done) > 1)} {source} → {out}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    run_command(main)

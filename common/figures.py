@@ -4,6 +4,7 @@ import subprocess
 import textwrap
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -102,3 +103,13 @@ def curves(series, title, size=(720, 360), logarithmic=True):
         end -= pen.textlength(name, font=font()) + 12
         pen.text((end + 12, 10), name, fill=palette[i % 6], font=font())
     return image
+
+
+def to_bytes(x):
+    """Pictures (…, 3, H, W) in -1…1 → uint8."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_bytes(x):
+    """uint8 pictures (…, 3, H, W) → fp32 in -1…1."""
+    return x.float() / 127.5 - 1

@@ -1,12 +1,16 @@
-"""Captioned pictures drawn here: one to three shapes with colour, texture, size and position.
+"""Drawn pictures with captions: scenes of one to three shapes, each with a colour, a texture and a size.
+Positions and radii are shares of the picture's side; y points downwards.
 
-A *thing* is one shape. Things get places such that what the caption says is true (`place`), are drawn anti-aliased (`draw`)
-and described in one of several wordings (`describe`); `Shapes` is the data set of such scenes. A caption tells where things
-stand: by its relation, by words of place, or, without either, by its order, in which what is named first stands further to
-the left. So little is left to chance. Certain pairs of colour and shape, and of texture and shape, never occur in training, so
-that a model can be asked for what it has never seen.
+The scenes are ours, not the paper's, and so are four choices that let a laptop learn them in minutes. Each
+leaves less to chance, so that the picture follows from the caption:
+- Cells. Things stand at the centres of 4×4 cells, one cell for each token of the demo's model. The model then
+  has few different pieces of picture to learn.
+- Opposite ends. Two things in a relation such as "above" stand at opposite ends of the picture, nearly in
+  line. The relation stays true if one of them is drawn a little off.
+- Words of place. Any other caption says where its things are ("at the top") or names them from left to right.
+- Mirrored pairs. Scene 2k+1 is scene 2k mirrored. Both are trained in one batch at one timestep: their random
+  positions cancel in the gradient, and the words that tell them apart remain.
 """
-import functools
 import itertools
 import random
 from dataclasses import dataclass, replace
@@ -14,27 +18,28 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-COLOURS = {
-    "red": (220, 40, 40), "orange": (250, 140, 30), "yellow": (245, 215, 40), "green": (40, 160, 60),
-    "cyan": (50, 195, 215), "blue": (45, 80, 220), "purple": (140, 50, 185), "pink": (250, 140, 190),
-}  # fmt: skip
+COLOURS = {"red": (220, 40, 40), "orange": (250, 140, 30), "yellow": (245, 215, 40), "green": (40, 160, 60),
+           "cyan": (50, 195, 215), "blue": (45, 80, 220), "purple": (140, 50, 185), "pink": (250, 140, 190)}
 TEXTURES = ("solid", "striped", "dotted", "checkered")
 SHAPES = ("circle", "square", "triangle", "cross", "star")
-SIZES = {"small": 0.08, "": 0.105, "big": 0.135}  # radius of the circle of equal area, as a share of the picture
+SIZES = {"small": 0.08, "": 0.105, "big": 0.135}  # radius r: that of the circle of equal area
 BOXES = {"circle": (1, 1), "square": (0.886, 0.886), "triangle": (1.347, 1.166), "cross": (1.154, 1.154),
-         "star": (1.466, 1.541)}  # half width and half height at r = 1
-PERIOD = 0.08  # of a texture, as a share of the picture
+         "star": (1.466, 1.541)}  # half width and half height, in units of r
+PERIOD = 0.08  # of a texture
 RELATIONS = ("above", "below", "left of", "right of")
 COMPARISONS = ("bigger than", "smaller than")
-BACKGROUND = (250, 250, 250)
-CELLS = 4  # things stand in the middle of cells, so many a side
-UNSEEN_COLOURS = {("purple", "circle"), ("green", "square"), ("red", "triangle"), ("yellow", "cross"), ("blue", "star")}
+OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
+BACKGROUND = 250  # of 255, in each colour channel
+CELLS = 4  # along each side of the picture
+# Pairs that no training scene has. evaluate.py asks for them.
+UNSEEN_COLOURS = {("purple", "circle"), ("green", "square"), ("red", "triangle"), ("yellow", "cross"),
+                  ("blue", "star")}
 UNSEEN_TEXTURES = {("striped", "star"), ("dotted", "triangle"), ("checkered", "cross")}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. x, y: centre, r: radius of the circle of equal area; all as shares of the picture, y downwards."""
+    """One shape of a scene. x, y: its centre; r: the radius of the circle of equal area."""
 
     shape: str
     colour: str
@@ -50,19 +55,19 @@ class Thing:
 
 
 def distance(shape, x, y):
-    """Signed distance to the outline of a shape of area π around 0 (negative inside; exact near the edges, which is
-    where it counts). x, y: arrays of coordinates, y downwards."""
+    """Signed distance from points (x, y), two arrays, to the outline of a shape of area π at the origin:
+    negative inside, exact near the edges but for corners. ValueError for an unknown shape."""
     if shape == "circle":
         return np.hypot(x, y) - 1
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - 0.886
     if shape == "triangle":
-        y = y - 0.389  # centred by its box, not by its centre of mass
+        y = y - 0.389  # the origin is the centre of the box, not the centre of mass
         return np.maximum(y, abs(x) * 0.866 - y / 2) - 0.7776
     if shape == "cross":
         x, y = abs(x), abs(y)
         return np.minimum(np.maximum(x - 1.154, y - 0.4155), np.maximum(x - 0.4155, y - 1.154))
-    if shape == "star":  # five points: fold the plane into one tenth of it, where the outline is one line
+    if shape == "star":  # fold the plane into one tenth, where the outline is a single line
         angle = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
         radius = np.hypot(x, y)
         return radius * (0.3840 * np.cos(angle) + 0.9233 * np.sin(angle)) - 0.5918
@@ -70,32 +75,28 @@ def distance(shape, x, y):
 
 
 def texture_share(texture, x, y, period):
-    """How much of each pixel takes the dark tone, 0…1. x, y in pixels from the shape's centre; period in pixels."""
+    """The share of the dark tone in each pixel, 0…1. x, y: arrays, from the shape's centre. x, y and period
+    are in pixels. ValueError for an unknown texture."""
     if texture == "solid":
         return np.zeros_like(x)
     if texture == "striped":
         return (0.5 - np.cos(2 * np.pi * y / period) * period / 6.3).clip(0, 1)
     if texture == "checkered":
-        cell = 1.5 * period  # two squares
-        return (0.5 + np.sin(2 * np.pi * x / cell) * np.sin(2 * np.pi * y / cell) * cell / 6.3).clip(0, 1)
+        period = 1.5 * period  # two squares
+        waves = np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period)
+        return (0.5 + waves * period / 6.3).clip(0, 1)
     if texture == "dotted":
         u, v = ((a + period / 2) % period - period / 2 for a in (x, y))
         return (0.5 + 0.28 * period - np.hypot(u, v)).clip(0, 1)
     raise ValueError(f"texture {texture!r} is not one of {', '.join(TEXTURES)}")
 
 
-@functools.cache
-def background(size):
-    """An empty picture, (size, size, 3) uint8; the same one each time, to be copied."""
-    return np.full((size, size, 3), BACKGROUND, np.uint8)
-
-
 def draw(things, size=64):
-    """Renders things onto the plain background, edges anti-aliased: (size, size, 3) uint8."""
-    picture = background(size).copy()
+    """Renders positioned things on the plain background, with anti-aliased edges: (size, size, 3) uint8."""
+    picture = np.full((size, size, 3), BACKGROUND, np.uint8)
     for thing in things:
-        x, y, r = thing.x * size, thing.y * size, thing.r * size
-        reach = 1.6 * r + 2  # a star's point is 1.54 r away
+        x, y, r = thing.x * size, thing.y * size, thing.r * size  # in pixels
+        reach = 1.6 * r + 2  # the widest shape, the star, reaches 1.54 r
         left, right = max(0, int(x - reach)), min(size, int(x + reach) + 1)
         top, bottom = max(0, int(y - reach)), min(size, int(y + reach) + 1)
         u = (np.arange(left, right, dtype=np.float32) + 0.5 - x)[None, :]
@@ -105,12 +106,12 @@ def draw(things, size=64):
         if thing.texture != "solid":
             colour = colour * (1 - 0.72 * texture_share(thing.texture, u, v, PERIOD * size)[..., None])
         window = picture[top:bottom, left:right].astype(np.float32)
-        picture[top:bottom, left:right] = window + cover * (colour - window) + 0.5
+        picture[top:bottom, left:right] = window + cover * (colour - window) + 0.5  # 0.5: uint8 rounds down
     return picture
 
 
 def random_thing(rng, unseen=False):
-    """A thing without a place. unseen: False never gives a held-out pair, True always does."""
+    """A thing with random attributes and no position yet. unseen: whether it has a pair of UNSEEN_…."""
     while True:
         texture = rng.choice(TEXTURES) if rng.random() < 0.5 else "solid"
         size = rng.choice(("small", "big")) if rng.random() < 0.5 else ""
@@ -119,115 +120,102 @@ def random_thing(rng, unseen=False):
             return thing
 
 
-def holds(relation, a, b):
-    """Whether "a RELATION b" is true of two things (anything with x, y, r)."""
-    dx, dy = b.x - a.x, b.y - a.y
-    return {
-        "above": dy > abs(dx), "below": -dy > abs(dx), "left of": dx > abs(dy), "right of": -dx > abs(dy),
-        "bigger than": a.r > 1.14 * b.r, "smaller than": b.r > 1.14 * a.r,
-    }[relation]  # fmt: skip
-
-
 def sized(things, relation):
-    """For a comparison, the first two things big and small, so that the caption tells both sizes; else the things as they are."""
+    """The things. For a comparison, the first two become big and small: the caption then tells both sizes."""
     if relation not in COMPARISONS:
         return things
     sizes = ("big", "small") if relation == "bigger than" else ("small", "big")
     return [replace(thing, size=size) for thing, size in zip(things, sizes)] + list(things[2:])
 
 
-def cells_for(half):
-    """The centres of the cells in which a thing of this half width (or height) stays in the picture, but for 0.03."""
-    centres = [(i + 0.5) / CELLS for i in range(CELLS)]
-    return [c for c in centres if half - 0.03 <= c <= 1.03 - half]
+def holds(relation, a, b):
+    """Whether "a RELATION b" is true. a and b need x, y and r."""
+    dx, dy = b.x - a.x, b.y - a.y
+    return {"above": dy > abs(dx), "below": -dy > abs(dx), "left of": dx > abs(dy), "right of": -dx > abs(dy),
+            "bigger than": a.r > 1.14 * b.r, "smaller than": b.r > 1.14 * a.r}[relation]
 
 
 def clear(relation, a, b):
-    """Whether the relation holds and, if it is one of place, a and b are at most a third as far apart to the side. Where
-    training shows it so, a small error in drawing leaves it true."""
+    """Whether the relation holds with a margin: one of RELATIONS at most a third as far across as along."""
     across, along = sorted((abs(b.x - a.x), abs(b.y - a.y)))
     return holds(relation, a, b) and (relation not in RELATIONS or 3 * across < along + 0.01)
 
 
-def cells_of(i, things, relation, ordered, columns, rows):
-    """Which of the columns and rows of cells thing i may stand in. Of two things in a spatial relation: at opposite ends, in
-    the middle across; of a third beside them: at a side. Otherwise from left to right as the things are named (three things, on
-    four columns, may share one). Not ordered: at opposite ends, or anywhere."""
+def apart(a, b):
+    """Whether a gap separates the boxes of two things."""
+    (a_width, a_height), (b_width, b_height) = BOXES[a.shape], BOXES[b.shape]
+    return (abs(a.x - b.x) > a_width * a.r + b_width * b.r + 0.02
+            or abs(a.y - b.y) > a_height * a.r + b_height * b.r + 0.02)
+
+
+def cells_inside(shape, r):
+    """The columns and rows, as lists of centres, where a shape reaches at most 0.03 past the picture."""
+    centres = [(i + 0.5) / CELLS for i in range(CELLS)]
+    return [[c for c in centres if half * r - 0.03 <= c <= 1.03 - half * r] for half in BOXES[shape]]
+
+
+def cells_allowed(i, count, relation, ordered, columns, rows):
+    """Of the columns and rows, those where thing i of `count` may stand. In one of RELATIONS, the first two
+    stand at opposite ends. ordered: across, these two stand in the middle and a third at a side; without
+    such a relation, things stand from left to right as they are named."""
+    middle = lambda cells: [c for c in cells if abs(c - 0.5) < 1 / CELLS]
     if relation in RELATIONS:
         upright = relation in ("above", "below")
         along, across = (rows, columns) if upright else (columns, rows)
         if i < 2:
-            first = (i == 0) == (relation in ("above", "left of"))
-            along = along[:1] if first else along[-1:]
+            at_start = (i == 0) == (relation in ("above", "left of"))
+            along = along[:1] if at_start else along[-1:]
         if ordered:
             across = middle(across) if i < 2 else across[:1] + across[-1:]
         return (across, along) if upright else (along, across)
-    if ordered and len(things) == 2:
+    if ordered and count == 2:
         half = len(columns) // 2
         columns = columns[half:] if i else columns[:half]
-    if ordered and len(things) == 3:
+    if ordered and count == 3:
         columns = (columns[:1], middle(columns), columns[-1:])[i]
     return columns, rows
 
 
-def middle(cells):
-    """The centres of the two cells in the middle."""
-    return [c for c in cells if abs(c - 0.5) < 1 / CELLS]
-
-
-def place(things, relation, rng, ordered=True):
-    """Gives things places (and radii, by their size) so that their boxes stay apart and `relation`, if any, holds
-    between the first two. Returns the placed things. They stand in the middle of cells, CELLS a side, where their
-    points may reach a little past the picture. In which cells, the order of the caption tells (`cells_of`); not ordered,
-    chance does, and words of place are to say it. That makes few different pieces of picture, and few places that two
-    things could both take, which is what lets a laptop learn in minutes. Three that do not fit in 20 tries are no longer
-    ordered; scenes that do not fit in 40 become a little smaller with every further one."""
+def arrange(things, relation, rng, ordered=True):
+    """Gives things positions and radii and returns them. Their boxes stay apart, each stands in one of its
+    `cells_allowed`, and the relation, if any, is clear between the first two. Three things that do not fit in
+    20 attempts lose their order. Things that do not fit in 40 shrink by 0.5 % with each further attempt."""
     for attempt in itertools.count():
         shrink = min(1.0, 0.995 ** (attempt - 40))
         ordered = ordered and (len(things) < 3 or attempt < 20)
         placed = []
         for i, thing in enumerate(things):
             r = SIZES[thing.size] * shrink
-            width, height = (share * r for share in BOXES[thing.shape])
-            columns, rows = cells_of(i, things, relation, ordered, cells_for(width), cells_for(height))
+            columns, rows = cells_allowed(i, len(things), relation, ordered, *cells_inside(thing.shape, r))
             for _ in range(8):
-                x, y = rng.choice(columns), rng.choice(rows)
-                if all(
-                    abs(x - o.x) > width + BOXES[o.shape][0] * o.r + 0.02
-                    or abs(y - o.y) > height + BOXES[o.shape][1] * o.r + 0.02
-                    for o in placed
-                ):
-                    candidate = replace(thing, x=x, y=y, r=r)
-                    if len(placed) != 1 or relation is None or clear(relation, placed[0], candidate):
-                        placed.append(candidate)
-                        break
+                thing = replace(thing, x=rng.choice(columns), y=rng.choice(rows), r=r)
+                related = i != 1 or relation is None or clear(relation, placed[0], thing)
+                if related and all(apart(thing, other) for other in placed):
+                    placed.append(thing)
+                    break
             else:
-                break
+                break  # no room: the next attempt
         if len(placed) == len(things):
             return placed
 
 
 def noun(thing, size=True):
-    """"a small striped red circle"; solid and middle-sized go without saying."""
-    words = [thing.size if size else "", "" if thing.texture == "solid" else thing.texture, thing.colour, thing.shape]
+    """"a small striped red circle". "solid" and the middle size are not said. size: whether a size is."""
+    words = [thing.size if size else "", thing.texture.replace("solid", ""), thing.colour, thing.shape]
     words = " ".join(word for word in words if word)
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of",
-            "bigger than": "smaller than", "smaller than": "bigger than"}  # fmt: skip
-
-
-def where(thing, rng):
-    """"at the top" and the like: the half of the picture that a placed thing is in, up and down or left and right."""
+def words_of_place(thing, rng):
+    """" at the top" and the like: the half of the picture that the thing is in."""
     if rng.random() < 0.5:
         return " at the top" if thing.y < 0.5 else " at the bottom"
     return " on the left" if thing.x < 0.5 else " on the right"
 
 
-def describe(things, relation, rng, places=False):
-    """A caption in one of several wordings. A relation is between the first two; a third follows with "and". With places,
-    things (which must then be placed, and in no relation) are said to be at the top, on the left, …"""
+def describe(things, relation, rng, placed=False):
+    """A caption, in one of several wordings. relation: between the first two, or None. placed: whether words
+    of place follow each thing; things must then have positions and no relation."""
     names = [noun(thing, size=relation not in COMPARISONS) for thing in things]
     if relation:
         if relation in RELATIONS and rng.random() < 0.3:
@@ -235,28 +223,26 @@ def describe(things, relation, rng, places=False):
         relation = "to the " + relation if "of" in relation and rng.random() < 0.3 else relation
         text = f"{names[0]} {relation} {names[1]}" + (f" and {names[2]}" if names[2:] else "")
     else:
-        names = [name + (where(thing, rng) if places else "") for name, thing in zip(names, things)]
+        names = [name + (words_of_place(thing, rng) if placed else "") for name, thing in zip(names, things)]
         joint = rng.choice([" and ", " and ", " and ", " with ", " next to "]) if len(names) == 2 else " and "
         text = ", ".join([*names[:-2], joint.join(names[-2:])])
     return rng.choice(["", "", "", "", "there is ", "a picture of "]) + text
 
 
 def mirrored(things, relation, ordered, rng):
-    """The mirror image of a scene, and the relation that then holds. Left and right are swapped if the relation is about
-    them, and in half of the scenes whose caption has words of place (not ordered); in all others above and below, which
-    keeps the order from left to right."""
+    """The mirror image of a scene, and its relation. Left and right swap if the relation is about them, and
+    in half of the unordered scenes. Otherwise top and bottom swap: the order from left to right stays."""
     sideways = relation in ("left of", "right of") or not ordered and rng.random() < 0.5
-    things = [replace(thing, x=1 - thing.x) if sideways else replace(thing, y=1 - thing.y) for thing in things]
-    return things, OPPOSITE[relation] if relation in RELATIONS else relation
+    flip = lambda thing: replace(thing, x=1 - thing.x) if sideways else replace(thing, y=1 - thing.y)
+    return [flip(thing) for thing in things], OPPOSITE[relation] if relation in RELATIONS else relation
 
 
 class Shapes:
-    """count (an even number of) scenes; 2k and 2k+1 are mirror images, drawn from (seed, k) alone, when they are asked
-    for. Their captions differ in the words of place, if they have any. Side by side in a batch, at one timestep, they cancel what
-    chance placement adds to the gradient, and leave what those words do. No scene has a held-out pair of attributes."""
+    """`count` (an even number) scenes with captions. Scene 2k+1 is scene 2k mirrored; both depend on
+    (seed, k) alone. Pictures are drawn when they are asked for."""
 
     skipped = ()
-    group = 2  # neighbours that training keeps together
+    group = 2  # a mirrored pair stays together in a batch
 
     def __init__(self, size=64, count=16384, seed=0):
         self.size = size
@@ -270,15 +256,17 @@ class Shapes:
             things = sized(things, relation)
             if sum(thing.size == "big" for thing in things) == 3:
                 things[2] = replace(things[2], size="small")  # three big ones hardly fit
-            told = relation is None and len(things) < 3 and rng.random() < 0.4  # the caption says where all stand
-            things, wording = place(things, relation, rng, not told), rng.random()
-            for things, relation in ((things, relation), mirrored(things, relation, not told, rng)):
+            ordered = relation is not None or len(things) == 3 or rng.random() >= 0.4
+            scene = arrange(things, relation, rng, ordered)
+            wording = rng.random()
+            for things, relation in ((scene, relation), mirrored(scene, relation, ordered, rng)):
                 self.scenes.append(things)
-                self.captions.append(describe(things, relation, random.Random(wording), told))
+                self.captions.append(describe(things, relation, random.Random(wording), not ordered))
 
     def __len__(self):
         return len(self.captions)
 
     def pictures(self, indices):
+        """B indices → (B, 3, S, S) uint8."""
         pictures = np.stack([draw(self.scenes[i], self.size) for i in indices])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)

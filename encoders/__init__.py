@@ -1,1 +1,1 @@
-"""Frozen or small networks around the transformer: text encoders with their tokenizers, autoencoders, and weights on disk."""
+"""Networks around the transformer: text encoders with their tokenizers, autoencoders, and weights on disk."""

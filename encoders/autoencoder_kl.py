@@ -1,6 +1,5 @@
-"""The autoencoder published with Stable Diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1): built, and read from
-its folder; it is not trained here. What it is for, and the methods that it shares, are in autoencoder.py.
-
+"""The autoencoder published with Stable Diffusion (Rombach et al. 2022, arXiv 2112.10752, section 3.1). It is
+loaded, not trained here, and has the methods of autoencoder.py. Its modules bear the published names.
 Letters: B batch, C latent channels, W width.
 """
 import math
@@ -10,38 +9,41 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from attention import fused_attention
 from encoders import weights
-from attention import attention
-from encoders.autoencoder import Autoencoder, ResidualBlock, norm
+from encoders.autoencoder import Autoencoder, ResidualBlock
 
 
 @dataclass
 class AutoencoderKLConfig:
-    """Defaults: as published with Stable Diffusion, 84M parameters. Later ones (SDXL, SD3) differ in numbers alone."""
+    """Defaults: Stable Diffusion's, 84M parameters. Later ones (SDXL, SD3) differ only in these values."""
 
     channels: int = 4  # C
-    widths: tuple = (128, 256, 512, 512)  # W at each resolution, each half of the one before
+    widths: tuple = (128, 256, 512, 512)  # W at each resolution, which halves from one to the next
     depth: int = 2  # residual blocks at each resolution; the decoder has one more
     groups: int = 32  # of every GroupNorm
     scaling_factor: float = 0.18215  # 1 / standard deviation of the raw latents
     shift_factor: float = 0.0  # their mean
     quant_conv: bool = True  # a 1×1 convolution after the encoder
-    post_quant_conv: bool = True  # and one before the decoder
+    post_quant_conv: bool = True  # a 1×1 convolution before the decoder
 
 
 class PositionAttention(nn.Module):
-    """Every position attends to all, with one head as wide as the channels."""
+    """Every position attends to all positions, with a single head."""
 
     def __init__(self, width, groups):
         super().__init__()
-        self.group_norm = norm(width, groups, 1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.group_norm = nn.GroupNorm(groups, width, 1e-6)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x):
         y = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, h·w, W)
-        y = self.to_out[0](attention(self.to_q(y), self.to_k(y), self.to_v(y)))
-        return x + y.squeeze(1).transpose(1, 2).reshape(x.shape)  # (B, W, h, w)
+        y = fused_attention(self.to_q(y), self.to_k(y), self.to_v(y))  # (B, 1, h·w, W)
+        y = self.to_out[0](y).squeeze(1)  # (B, h·w, W)
+        return x + y.transpose(1, 2).reshape(x.shape)  # (B, W, h, w)
 
 
 class Middle(nn.Module):
@@ -55,56 +57,57 @@ class Middle(nn.Module):
 
 
 def stack(**layers):
-    """Layers with names, one after the other."""
+    """Named layers, one after the other."""
     return nn.Sequential(OrderedDict(layers))
 
 
-class AutoencoderKL(nn.Module):
-    """Modules have the published names, so that published files load as they are.
+def residual_blocks(width, out, depth, groups):
+    return nn.Sequential(*[ResidualBlock(out if i else width, out, groups, 1e-6) for i in range(depth)])
 
-    As many pictures as hold tile² latent positions go through at a time (one of 512×512 pixels, four of 256×256), which
-    changes nothing but the memory: it stays the same for any batch. Bigger ones are decoded in tiles (`decode_tiles`), so
-    that it stays the same for them too; they are encoded whole."""
+
+def half(width):
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # at the right and below only, as published
+    return nn.Sequential(stack(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2)))
+
+
+def double(width):
+    nearest = nn.Upsample(scale_factor=2.0)
+    return nn.Sequential(stack(nearest=nearest, conv=nn.Conv2d(width, width, 3, padding=1)))
+
+
+class AutoencoderKL(nn.Module):
+    """Memory does not grow with the batch: pictures go through in groups of at most tile² latent positions
+    (four of 256×256 pixels), which changes no result. Larger ones are encoded whole and decoded in tiles."""
 
     tile = 64  # latent positions each way
-    encode, decode = Autoencoder.encode, Autoencoder.decode  # shift and scale, as there
+    encode, decode = Autoencoder.encode, Autoencoder.decode  # the same shift and scale
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        C, W, groups, last = config.channels, config.widths, config.groups, len(config.widths) - 1
-        self.factor = 2**last  # pixels a latent position, each way
-
-        def blocks(width, out, depth):
-            return nn.Sequential(*[ResidualBlock(out if i else width, out, groups, 1e-6) for i in range(depth)])
-
-        def down(width):  # zeros at the right and below only
-            return nn.Sequential(stack(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
-
-        def up(width):
-            return nn.Sequential(stack(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1)))
-
-        levels = [
-            stack(resnets=blocks(W[max(i - 1, 0)], W[i], config.depth), downsamplers=down(W[i]) if i < last else nn.Identity())
-            for i in range(last + 1)
-        ]
+        C, W, depth, groups = config.channels, config.widths, config.depth, config.groups
+        last = len(W) - 1
+        self.factor = 2**last  # pixels per latent position, each way
+        down_blocks, up_blocks = [], []
+        for i in range(last + 1):
+            blocks = residual_blocks(W[max(i - 1, 0)], W[i], depth, groups)
+            down_blocks.append(stack(resnets=blocks, downsamplers=half(W[i]) if i < last else nn.Identity()))
+        for i in reversed(range(last + 1)):
+            blocks = residual_blocks(W[min(i + 1, last)], W[i], depth + 1, groups)
+            up_blocks.append(stack(resnets=blocks, upsamplers=double(W[i]) if i > 0 else nn.Identity()))
         self.encoder = stack(
             conv_in=nn.Conv2d(3, W[0], 3, padding=1),  # (B, W[0], H, W)
-            down_blocks=nn.Sequential(*levels),  # (B, W[last], h, w)
+            down_blocks=nn.Sequential(*down_blocks),  # (B, W[last], h, w)
             mid_block=Middle(W[last], groups),
-            conv_norm_out=norm(W[last], groups, 1e-6),
+            conv_norm_out=nn.GroupNorm(groups, W[last], 1e-6),
             conv_act=nn.SiLU(),
             conv_out=nn.Conv2d(W[last], 2 * C, 3, padding=1),  # mean and log-variance
         )
-        levels = [
-            stack(resnets=blocks(W[min(i + 1, last)], W[i], config.depth + 1), upsamplers=up(W[i]) if i else nn.Identity())
-            for i in reversed(range(last + 1))
-        ]
         self.decoder = stack(
             conv_in=nn.Conv2d(C, W[last], 3, padding=1),  # (B, W[last], h, w)
             mid_block=Middle(W[last], groups),
-            up_blocks=nn.Sequential(*levels),  # (B, W[0], H, W)
-            conv_norm_out=norm(W[0], groups, 1e-6),
+            up_blocks=nn.Sequential(*up_blocks),  # (B, W[0], H, W)
+            conv_norm_out=nn.GroupNorm(groups, W[0], 1e-6),
             conv_act=nn.SiLU(),
             conv_out=nn.Conv2d(W[0], 3, 3, padding=1),
         )
@@ -115,13 +118,14 @@ class AutoencoderKL(nn.Module):
         self.register_buffer("scale", torch.full((1,), 1 / config.scaling_factor), persistent=False)
 
     def moments(self, pictures):
-        """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, (B, C, h, w) each, h = H / factor.
-        ValueError if the factor does not divide H and W."""
+        """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, each (B, C, H/factor,
+        W/factor). ValueError if the factor does not divide H and W."""
         H, W = pictures.shape[-2:]
         if H % self.factor or W % self.factor:
             raise ValueError(f"picture size {(H, W)} is not divisible by {self.factor}")
-        parts = pictures.split(max(1, (self.tile * self.factor) ** 2 // (H * W)))
-        mean, log_variance = torch.cat([self.quant_conv(self.encoder(part)) for part in parts]).chunk(2, dim=1)
+        at_once = max(1, (self.tile * self.factor) ** 2 // (H * W))
+        parts = [self.quant_conv(self.encoder(part)) for part in pictures.split(at_once)]
+        mean, log_variance = torch.cat(parts).chunk(2, dim=1)  # (B, C, h, w) each
         return mean, log_variance.clamp(-30, 20)
 
     def reconstruct(self, raw):
@@ -132,16 +136,17 @@ class AutoencoderKL(nn.Module):
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in raw.split(at_once)])
 
     def decode_tiles(self, raw):
-        """`reconstruct` in tiles that share at least a quarter with the next one, where one fades into the other.
-        An approximation: GroupNorm and attention see one tile, not the whole picture, so that colour and contrast may
-        drift from tile to tile, and things far apart may match less well."""
-        (h, w), n, f = raw.shape[-2:], self.tile, self.factor
-        picture = torch.zeros(len(raw), 3, h * f, w * f, device=raw.device)  # sums in fp32, whatever the model's dtype
+        """`reconstruct` in tiles. Neighbours share at least a quarter and fade into each other. This is
+        approximate: GroupNorm and attention see one tile instead of the picture, so colours and contrast may
+        drift from tile to tile, and distant parts may match less well."""
+        h, w = raw.shape[-2:]
+        n, f = self.tile, self.factor
+        picture = torch.zeros(len(raw), 3, h * f, w * f, device=raw.device)  # in fp32, for any model
         total = torch.zeros(h * f, w * f, device=raw.device)
         for y in tile_starts(h, n):
             for x in tile_starts(w, n):
-                tile = self.decoder(self.post_quant_conv(raw[..., y : y + n, x : x + n]))  # (B, 3, 8n, 8n), at the most
-                weight = (fade(tile.shape[-2])[:, None] * fade(tile.shape[-1])).to(raw.device)  # (8n, 8n)
+                tile = self.decoder(self.post_quant_conv(raw[..., y : y + n, x : x + n]))
+                weight = (fade(tile.shape[-2])[:, None] * fade(tile.shape[-1])).to(raw.device)
                 rows, columns = slice(y * f, (y + n) * f), slice(x * f, (x + n) * f)
                 picture[..., rows, columns] += weight * tile
                 total[rows, columns] += weight
@@ -149,45 +154,51 @@ class AutoencoderKL(nn.Module):
 
 
 def tile_starts(length, tile):
-    """Where tiles begin that cover 0…length evenly, the next one at most 3/4 of a tile further on."""
-    steps = max(0, math.ceil((length - tile) / (tile * 3 // 4)))
-    return [(length - tile) * i // steps for i in range(steps + 1)] if steps else [0]
+    """Start of each tile, evenly over 0…length; from one to the next at most 3/4 of a tile."""
+    if length <= tile:
+        return [0]
+    steps = math.ceil((length - tile) / (tile * 3 // 4))
+    return [(length - tile) * i // steps for i in range(steps + 1)]
 
 
 def fade(n):
-    """Weights (n,) of a tile's pixels along one side: 1, 2, 3, … to the middle and back. Where two tiles meet, their
-    shares of the sum then change in a straight line from the one to the other."""
+    """Weights (n,) of a tile's pixels along one side: 1, 2, 3, … to the middle and back to 1. Where two tiles
+    overlap, the share of one falls linearly while the other's rises."""
     return torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1))
 
 
 def load_published(folder):
-    """The AutoencoderKL, in fp32, of a folder with config.json and diffusion_pytorch_model.safetensors or .bin. ValueError,
-    naming the folder, if they are damaged or something else."""
+    """A folder with config.json and diffusion_pytorch_model.safetensors or .bin → AutoencoderKL in fp32.
+    ValueError, naming the folder, if it is damaged or holds something else."""
     try:
-        model = AutoencoderKL(published_config(folder, weights.read_config(folder, "AutoencoderKL")))
+        model = AutoencoderKL(published_config(folder))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: no autoencoder that can be built here: {error}") from None
-    return weights.load_into(model, folder, renamed)
+    return weights.load_into(model, folder, published_name)
 
 
-def published_config(folder, found):
-    """The dictionary in config.json → AutoencoderKLConfig. ValueError if it asks for what is not here."""
-    names = dict(latent_channels="channels", block_out_channels="widths", layers_per_block="depth", norm_num_groups="groups",
-                 scaling_factor="scaling_factor", shift_factor="shift_factor",
-                 use_quant_conv="quant_conv", use_post_quant_conv="post_quant_conv")  # fmt: skip
-    config = AutoencoderKLConfig(**{names[key]: value for key, value in found.items() if key in names and value is not None})
-    levels = len(config.widths)
-    here = dict(
-        act_fn="silu", in_channels=3, out_channels=3, mid_block_add_attention=True, latents_mean=None, latents_std=None,
-        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
-    )  # fmt: skip
-    weights.check_values(folder, found, **{key: (value, [value]) for key, value in here.items()})
+def published_config(folder):
+    """config.json of a folder → AutoencoderKLConfig. ValueError if it asks for what is not built here."""
+    found = weights.read_config(folder, "AutoencoderKL")
+    names = dict(
+        latent_channels="channels", block_out_channels="widths", layers_per_block="depth",
+        norm_num_groups="groups", scaling_factor="scaling_factor", shift_factor="shift_factor",
+        use_quant_conv="quant_conv", use_post_quant_conv="post_quant_conv",
+    )
+    values = {names[key]: value for key, value in found.items() if key in names and value is not None}
+    config = AutoencoderKLConfig(**values)
+    built = dict(
+        act_fn="silu", in_channels=3, out_channels=3, latents_mean=None, latents_std=None,
+        mid_block_add_attention=True, down_block_types=["DownEncoderBlock2D"] * len(config.widths),
+        up_block_types=["UpDecoderBlock2D"] * len(config.widths),
+    )
+    weights.check_values(folder, found, **{key: (value, [value]) for key, value in built.items()})
     return config
 
 
-def renamed(name):
-    """Files of 2022 call the layers of the attention query, key, value and proj_attn."""
-    if ".attentions." in name:
-        for old, new in dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0").items():
-            name = name.replace(f".{old}.", f".{new}.")
-    return name
+def published_name(name):
+    """A tensor's name in a published file → its name here. Files of 2022 name the attention otherwise."""
+    if ".attentions." not in name:
+        return name
+    old = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    return weights.replaced(name, old)

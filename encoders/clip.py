@@ -1,25 +1,38 @@
-"""Byte-pair encoding as CLIP does it (Sennrich et al. 2016, arXiv 1508.07909; Radford et al. 2019 and 2021): text → ids.
+"""CLIP's text tower (Radford et al. 2021, arXiv 2103.00020), and its tokenizer.
 
-    lower-case text → words → the bytes of each word → the two neighbours that were merged earliest in training are
-    merged, again and again, until no two neighbours are in the list of merges → ids of what is left.
+The tower: embeddings of tokens and of 77 positions; blocks of self-attention and MLP, each
+x + f(LayerNorm(x)), in which a token sees itself and those before it; one last LayerNorm. So the last token,
+the end of text, has seen all others: its vector stands for the text.
 
-The last byte of a word carries the mark </w>, so that "art" alone and in "party" differ. Working on bytes, nothing is
-unknown. Equal to the tokenizer of the hub's CLIP folders, in which accents are composed (NFC) and every character is
-lower-cased by itself; CLIP's first release repaired broken encodings and HTML entities (&amp;) instead.
+The tokenizer is byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909). It splits lower-case text into
+words and these into bytes. Then it merges the two neighbours that training merged earliest, until no two
+neighbours are in the list of merges. A word's last byte carries the mark </w>, so that "art" and the "art" of
+"party" differ. The ids equal those of the hub's CLIP folders, which compose accents (NFC) and lower-case each
+character by itself; CLIP's first release repaired broken encodings and HTML entities (&amp;) instead.
+Letters: B batch, L text tokens, E width. Masks: True = a token, False = padding.
 """
 import functools
+import math
 import re
 import unicodedata
-from pathlib import Path
+from dataclasses import dataclass
 
-from encoders.weights import json_object
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attention import MultiHeadAttention
+from encoders.padding import padded
+from encoders.weights import (
+    check_values, file_in, json_object, load_frozen, read_config, replaced, whole_numbers,
+)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's pattern is  <|startoftext|> | <|endoftext|> | 's | 't | 're | 've | 'm | 'll | 'd | \p{L}+ | \p{N} | [^\s\p{L}\p{N}]+
-# The module re has no \p{L}: `words` puts A for each letter, 0 for each number and - for the rest beyond ASCII.
-PATTERN = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]+", re.ASCII)
-SPACES = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's White_Space
-INFINITE = float("inf")
+# CLIP's pattern is  MARKS | ENDINGS | \p{L}+ | \p{N} | [^\s\p{L}\p{N}]+. The module re has no \p{L}, so
+# `words` writes A for each letter, 0 for each number, and - for the rest beyond ASCII.
+MARKS, ENDINGS = r"<\|startoftext\|>|<\|endoftext\|>", "'s|'t|'re|'ve|'m|'ll|'d"
+PATTERN = re.compile(f"{MARKS}|{ENDINGS}|[A-Za-z]+|[0-9]|" + r"[^\sA-Za-z0-9]+", re.ASCII)
+SPACES = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # White_Space
 
 
 def byte_letters():
@@ -30,11 +43,12 @@ def byte_letters():
 
 
 def words(text):
-    """Text → list of words: runs of letters, single numbers, runs of what is neither, and English endings like 's."""
+    """Text → list of words: runs of letters, single numbers, runs of other characters, endings like 's."""
     text = SPACES.sub(" ", unicodedata.normalize("NFC", text))
-    text = "".join(character.lower() for character in text)  # one by one: a final capital sigma becomes σ, not ς
-    kinds = "".join(c if c < "\x80" else {"L": "A", "N": "0"}.get(unicodedata.category(c)[0], "-") for c in text)
-    return [text[match.start() : match.end()] for match in PATTERN.finditer(kinds)]
+    text = "".join(character.lower() for character in text)  # one by one: a final capital sigma becomes σ
+    kinds = {"L": "A", "N": "0"}
+    shape = "".join(c if c < "\x80" else kinds.get(unicodedata.category(c)[0], "-") for c in text)
+    return [text[match.start() : match.end()] for match in PATTERN.finditer(shape)]
 
 
 class BytePairs:
@@ -48,29 +62,27 @@ class BytePairs:
 
     @classmethod
     def read(cls, folder):
-        """From vocab.json and merges.txt of a published folder. ValueError, naming the file, if one is missing, cannot
-        be read, or the vocabulary has no start or end of text."""
-        for name in ("vocab.json", "merges.txt"):
-            if not (Path(folder) / name).is_file():
-                raise ValueError(f"no {name} in {folder}")
-        vocabulary = json_object(Path(folder) / "vocab.json")
-        if not {START, END} <= vocabulary.keys() or not all(type(number) is int for number in vocabulary.values()):
-            raise ValueError(f"{folder}/vocab.json is not a list of CLIP's pieces with their numbers")
+        """From vocab.json and merges.txt of a published folder. ValueError, naming the file, if one is
+        missing or cannot be read, or if the vocabulary has no start or end of text."""
+        pieces, merges = file_in(folder, "vocab.json"), file_in(folder, "merges.txt")
+        vocabulary = json_object(pieces)
+        if not {START, END} <= vocabulary.keys() or not all(type(i) is int for i in vocabulary.values()):
+            raise ValueError(f"{pieces} is not a list of CLIP's pieces with their numbers")
         try:
-            lines = (Path(folder) / "merges.txt").read_text(encoding="utf-8").split("\n")
+            lines = merges.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError:
             lines = ["no text in UTF-8"]
-        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        if not all(len(pair) == 2 for pair in merges):
-            raise ValueError(f"{folder}/merges.txt is not a text of two pieces a line")
-        return cls(vocabulary, merges)
+        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        if not all(len(pair) == 2 for pair in pairs):
+            raise ValueError(f"{merges} is not a text of two pieces a line")
+        return cls(vocabulary, pairs)
 
     def pieces(self, word):
         """Word → list of pieces."""
         letters = "".join(self.letters[byte] for byte in word.encode("utf-8"))
         parts = [*letters[:-1], letters[-1] + "</w>"]
         while len(parts) > 1:
-            first, second = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, INFINITE))
+            first, second = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
             if (first, second) not in self.ranks:
                 break
             merged = []
@@ -83,9 +95,123 @@ class BytePairs:
         return parts
 
     def encode(self, text):
-        """Text → list of ids, without start and end. A piece that the vocabulary lacks becomes the end of text, which is
-        what CLIP's folders name as their unknown piece."""
+        """Text → list of ids, without start and end. An unknown piece becomes the end of text."""
         found = []
         for word in words(text):
             found += [word] if word in (START, END) else self.pieces(word)
         return [self.vocabulary.get(piece, self.vocabulary[END]) for piece in found]
+
+
+class CLIPTokenizer:
+    """Byte pairs between a start and an end of text. The end also pads; there the mask is False."""
+
+    def __init__(self, pairs, length=77):
+        """pairs: a BytePairs. length: where texts are cut, start and end included."""
+        self.pairs, self.length = pairs, length
+        self.start, self.end = pairs.vocabulary[START], pairs.vocabulary[END]
+
+    def __len__(self):
+        return max(self.pairs.vocabulary.values()) + 1
+
+    def __call__(self, captions, length=None):
+        """B texts → tokens (B, L) and mask (B, L), padded to the longest; cut after `length` tokens."""
+        kept = (length or self.length) - 2
+        rows = [[self.start, *self.pairs.encode(caption)[:kept], self.end] for caption in captions]
+        return padded([torch.tensor(row) for row in rows], self.end)
+
+
+@dataclass
+class CLIPConfig:
+    """Defaults: the text tower of ViT-L/14."""
+
+    vocabulary: int = 49408
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    positions: int = 77
+    activation: str = "quick_gelu"  # or gelu
+
+    @classmethod
+    def read(cls, folder):
+        """From config.json of a published CLIP or its text tower. ValueError, naming it, if it is neither."""
+        config = read_config(folder, "clip_text_model", "clip")
+        if config["model_type"] == "clip":  # if there is a "text_config_dict", it is the one that counts
+            config = config.get("text_config_dict") or config.get("text_config") or {}
+        activations = "quick_gelu", ["quick_gelu", "gelu"]
+        check_values(folder, config, layer_norm_eps=(1e-5, [1e-5]), hidden_act=activations)
+        sizes = whole_numbers(
+            folder, config, vocabulary=("vocab_size", 49408), width=("hidden_size", 512),
+            depth=("num_hidden_layers", 12), heads=("num_attention_heads", 8),
+            mlp_width=("intermediate_size", 2048), positions=("max_position_embeddings", 77),
+        )
+        return cls(**sizes, activation=config.get("hidden_act", "quick_gelu"))
+
+
+class CLIPBlock(nn.Module):
+    def __init__(self, width, heads, mlp_width, activation):
+        super().__init__()
+        self.quick = activation == "quick_gelu"
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = MultiHeadAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, mlp_width)
+        self.down = nn.Linear(mlp_width, width)
+
+    def forward(self, x, mask):
+        """x (B, L, E); mask (B, 1, L, L) → (B, L, E)"""
+        x = x + self.attention(self.norm1(x), mask=mask)  # (B, L, E)
+        y = self.up(self.norm2(x))  # (B, L, mlp_width)
+        y = y * torch.sigmoid(1.702 * y) if self.quick else F.gelu(y)
+        return x + self.down(y)  # (B, L, E)
+
+
+class CLIPTextEncoder(nn.Module):
+    """Only ever filled with published weights, so it has no initialisation of its own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.embedding = nn.Embedding(c.vocabulary, c.width)
+        self.positions = nn.Embedding(c.positions, c.width)
+        blocks = [CLIPBlock(c.width, c.heads, c.mlp_width, c.activation) for _ in range(c.depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(c.width)
+
+    def forward(self, tokens, mask):
+        """tokens (B, L) integers, mask (B, L) True = a token → the last hidden state after the last
+        LayerNorm, (B, L, E), meaningless at padding. ValueError if L is more than the model has positions."""
+        L = tokens.shape[1]
+        if L > self.config.positions:
+            raise ValueError(f"{L} tokens, but this CLIP has {self.config.positions} positions")
+        before = torch.ones(L, L, dtype=torch.bool, device=tokens.device).tril()  # (L, L), and itself
+        mask = before & mask[:, None, None, :]  # (B, 1, L, L)
+        x = self.embedding(tokens) + self.positions.weight[:L]  # (B, L, E)
+        for block in self.blocks:
+            x = block(x, mask)  # (B, L, E)
+        return self.norm(x)  # (B, L, E)
+
+
+NAMES = {  # published name: name here
+    "embeddings.token_embedding": "embedding", "embeddings.position_embedding": "positions",
+    "encoder.layers.": "blocks.",
+    "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k", "self_attn.v_proj": "attention.v",
+    "self_attn.out_proj": "attention.out", "layer_norm1": "norm1", "layer_norm2": "norm2",
+    "mlp.fc1": "up", "mlp.fc2": "down", "final_layer_norm": "norm",
+}
+
+
+def clip_name(name):
+    """A tensor's name in a published CLIP or its text tower → its name here, or None outside of the tower."""
+    other = "vision_model.", "visual_projection.", "text_projection.", "logit_scale"
+    if name.startswith(other) or name.endswith("position_ids"):
+        return None
+    return replaced(name.removeprefix("text_model."), NAMES)
+
+
+def load_clip(folder, dtype=torch.float32, device="cpu"):
+    """The folder of a published CLIP or of its text tower, as downloaded → (CLIPTokenizer, CLIPTextEncoder),
+    frozen. Only the text tower is read. ValueError names what is wrong, and the folder or file."""
+    config = CLIPConfig.read(folder)
+    tokenizer = CLIPTokenizer(BytePairs.read(folder), config.positions)
+    return tokenizer, load_frozen(CLIPTextEncoder, config, len(tokenizer), folder, clip_name, dtype, device)

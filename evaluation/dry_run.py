@@ -1,12 +1,11 @@
 """What a training run will need, before it starts.
 
-    python train.py image --size G/2 --dry-run --gpus 64 --batch-size 2048 --checkpointing
+    python train.py image --size G/2 --batch-size 2048 --checkpointing --dry-run 64
 
-builds the model and runs one step of it on the *meta* device, whose tensors have a shape and no data: parameters by part,
-FLOPs, memory, hours, in seconds and on any machine. Bytes of activations are counted as the step runs: each new tensor's
-storage is added when it is made and taken off when it is freed, and the largest sum is the answer, whatever the model.
-Weights, gradients, optimizer and EMA are fp32 and shared out among the GPUs, or --shard of them; what is frozen is whole on
-each.
+One step runs on the *meta* device, whose tensors have a shape and no data: that takes seconds, on any machine.
+Memory is counted as the step runs: a tensor's bytes are added when it is made and taken off when it is freed.
+Weights, gradients, optimizer state and EMA are in fp32 and divided among the GPUs, or among --shard of them.
+Each GPU holds all of the frozen parts.
 """
 import weakref
 from pathlib import Path
@@ -14,24 +13,25 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-import attention
-from encoders.autoencoder import Autoencoder, AutoencoderConfig
+from attention import use_attention, written_out_attention
+from common.flops import Flops
 from dit import GenTron, ModelConfig
-from pipeline import NULL_TOKENS, POOLING, READERS
+from encoders.autoencoder import Autoencoder, AutoencoderConfig
 from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from encoders.t5 import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder
+from encoders.clip import CLIPConfig, CLIPTextEncoder
+from encoders.t5 import T5Config, T5Encoder
+from encoders.text import CONFIGS, NULL_TOKENS, POOLING
 
 ENCODERS = {"clip": CLIPTextEncoder, "t5": T5Encoder}
 T5_XXL = T5Config(vocabulary=32128, width=4096, depth=24, heads=64, head_width=64, mlp_width=10240)
-PARTS = ("self_attention", "cross_attention", "temporal", "mlp", "modulation", "condition")  # in the names of parameters
-OPTIMIZER = dict(adamw=8, muon=4)  # bytes of state a parameter: two moments in fp32, or one
+PARTS = ("self_attention", "cross_attention", "temporal", "mlp", "modulation", "condition")  # of names
+STATE_BYTES = dict(adamw=8, muon=4)  # of the optimizer for each parameter: two moments in fp32, or one
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of tensors that are alive while this mode is on, and the most there were: `peak`. Not counted: `kept`, tensors
-    that were there before."""
+    """with Peak(kept) as memory: …; memory.peak is the most bytes alive at a time, of tensors made in it.
+    kept: tensors from before, which are not counted."""
 
     def __init__(self, kept):
         super().__init__()
@@ -40,9 +40,8 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
-        for tensor in tree_leaves(result):
-            if torch.is_tensor(tensor):
-                self.add(tensor.untyped_storage())
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            self.add(tensor.untyped_storage())
         return result
 
     def add(self, storage):
@@ -59,146 +58,135 @@ class Peak(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-class Flops(TorchDispatchMode):
-    """Counts the FLOPs of all products while this mode is on: `total`. (torch's FlopCounterMode keeps an account of modules
-    too, and with it all that checkpointed blocks compute again: enough to run out of memory.)"""
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        options = options or {}
-        with self:
-            result = function.decompose(*arguments, **options)  # into the products that it is made of, if of any
-        if result is NotImplemented:
-            result = function(*arguments, **options)
-            if count := flop_registry.get(function.overloadpacket):
-                self.total += count(*arguments, **options, out_val=result)
-        return result
-
-
 def flash(q, k, v, mask=None):
-    """Fused attention on the meta device, where torch would fall back to the written-out one and count its (L, M)."""
-    if mask is not None:
-        mask = torch.empty(len(q), 1, q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device)  # one for all heads
+    """fused_attention for the meta device, where torch's own would store the (L, M) weights."""
+    if mask is not None:  # one for all heads, in the dtype that the kernel takes
+        mask = torch.empty(len(q), 1, q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)[0]
 
 
-def step_inputs(config, batch, frames, side, lengths, dtype=torch.float32, device="meta"):
-    """Arguments of GenTron.forward: `batch` pictures, or with frames > 0 clips, of side×side latents, and captions of these
-    lengths, one an encoder."""
-    shape = (batch, frames, config.channels, side, side) if frames else (batch, config.channels, side, side)
-    text = [torch.empty(batch, L, E, dtype=dtype, device=device) for L, E in zip(lengths, config.text_widths)]
-    masks = [torch.ones(batch, L, dtype=torch.bool, device=device) for L in lengths]
-    return torch.empty(shape, dtype=dtype, device=device), torch.zeros(batch, dtype=torch.long, device=device), text, masks
+def random_inputs(config, count, frames, side, lengths, dtype=torch.float32, device="meta"):
+    """x, t, text and text_mask of GenTron.forward, for `count` pictures (frames = 0) or clips of side×side
+    latents. lengths: L of each encoder's captions."""
+    shape = (count, frames) if frames else (count,)
+    x = torch.randn(*shape, config.channels, side, side, dtype=dtype, device=device)
+    t = torch.randint(0, 1000, (count,), device=device)
+    text = [torch.randn(count, L, E, dtype=dtype, device=device) for L, E in zip(lengths, config.text_widths)]
+    masks = [torch.ones(count, L, dtype=torch.bool, device=device) for L in lengths]
+    return x, t, text, masks
 
 
-def activations(config, batch, frames, side, lengths, dtype, checkpointing, fused):
-    """Bytes that a training step's tensors take at most, beside weights and their gradients."""
-    before = attention.fused_attention, attention.FUSED
-    attention.fused_attention, attention.FUSED = flash, fused
-    try:
-        with torch.device("meta"):
-            model = GenTron(config).to(dtype)
-        model.checkpointing = checkpointing
-        inputs = step_inputs(config, batch, frames, side, lengths, dtype)
-        for p in model.parameters():
-            p.grad = torch.empty_like(p)
-        with Peak([*model.parameters(), *(p.grad for p in model.parameters())]) as peak:
-            model(*inputs).float().square().mean().backward()
-        return peak.peak
-    finally:
-        attention.fused_attention, attention.FUSED = before
+def on_meta(kind, config):
+    with torch.device("meta"):
+        return kind(config)
+
+
+def activations(config, count, frames, side, lengths, dtype, checkpointing, fused):
+    """The most bytes that a training step on `count` samples takes beside weights and gradients."""
+    model = on_meta(GenTron, config).to(dtype)
+    model.checkpointing = checkpointing
+    use_attention(model, flash if fused else written_out_attention)
+    inputs = random_inputs(config, count, frames, side, lengths, dtype)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    with Peak([*model.parameters(), *(p.grad for p in model.parameters())]) as memory:
+        model(*inputs).float().square().mean().backward()
+    return memory.peak
 
 
 def flops(config, frames, side, lengths, checkpointing):
-    """FLOPs of a training step on one sample: forward and backward, and with checkpointing forward again."""
-    with torch.device("meta"):
-        model = GenTron(config)
+    """FLOPs of a training step on one sample: forward, backward and, with checkpointing, forward again."""
+    model = on_meta(GenTron, config)
     model.checkpointing = checkpointing
-    before, attention.FUSED = attention.FUSED, False  # written out, every product is seen
-    try:
-        with Flops() as counter:
-            model(*step_inputs(config, 1, frames, side, lengths)).square().mean().backward()
-    finally:
-        attention.FUSED = before
+    use_attention(model, written_out_attention)  # every product is seen
+    with Flops() as counter:
+        model(*random_inputs(config, 1, frames, side, lengths)).square().mean().backward()
     return counter.total
 
 
+def size_of(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 def by_part(model):
-    """Numbers of parameters by PARTS, and the rest."""
+    """{part: number of parameters}, for PARTS and the rest."""
     count = dict.fromkeys((*PARTS, "other"), 0)
     for name, p in model.named_parameters():
         count[next((part for part in PARTS if part in name), "other")] += p.numel()
     return {part: n for part, n in count.items() if n}
 
 
-def built(kind, config):
-    """A module on the meta device."""
-    with torch.device("meta"):
-        return kind(config)
-
-
 def parts_of(stage, config):
-    """What the flags ask for → the transformer's ModelConfig; lengths of the captions, one an encoder; {name: module} of what
-    is frozen; and of what trains beside the transformer. Sizes other than mini are the paper's, whose captions CLIP ViT-L/14
-    and Flan-T5-XXL read and whose latents are Stable Diffusion's; --clip, --t5 and --autoencoder name others."""
+    """train.py's flags → the transformer's ModelConfig, {name: module} of what is frozen, and of what trains
+    with it. Sizes other than mini have the paper's CLIP ViT-L/14 and Flan-T5-XXL, unless --clip or --t5 names
+    others, and Stable Diffusion's autoencoder."""
     paper = config.size != "mini"
-    found = {name: kind.read(getattr(config, name)) for name, kind in READERS.items() if getattr(config, name)}
-    if paper and not found:
-        found = {"clip": CLIPConfig(), "t5": T5_XXL}
-    published = paper or (Path(config.autoencoder) / "config.json").exists()
-    autoencoder = built(AutoencoderKL, AutoencoderKLConfig()) if published else built(Autoencoder, AutoencoderConfig(config.latent_channels))  # fmt: skip
-    frozen = {name: built(ENCODERS[name], found[name]) for name in found} | {"autoencoder": autoencoder}
-    beside = {} if found else {"text encoder": built(T5Encoder, T5Config(depth=config.text_depth))}
-    C = autoencoder.config.channels
-    text = dict(text_widths=[part.width for part in found.values()], null_tokens=[NULL_TOKENS[name] for name in found],
-                pooling=[POOLING[name] for name in found]) if found else {}  # fmt: skip
+    folders = {name: getattr(config, name) for name in CONFIGS if getattr(config, name)}
+    texts = {name: CONFIGS[name].read(folder) for name, folder in folders.items()}
+    if paper and not texts:
+        texts = {"clip": CLIPConfig(), "t5": T5_XXL}
+    frozen = {name: on_meta(ENCODERS[name], text) for name, text in texts.items()}
+    if paper or (Path(config.autoencoder) / "config.json").exists():
+        frozen["autoencoder"] = on_meta(AutoencoderKL, AutoencoderKLConfig())
+    else:
+        frozen["autoencoder"] = on_meta(Autoencoder, AutoencoderConfig(config.latent_channels))
+    C = frozen["autoencoder"].config.channels
     model = ModelConfig.of(
-        config.size, channels=C, out_channels=C * (2 if config.learned_variance else 1), integration=config.integration,
-        qk_norm=config.qk_norm, temporal=stage == "video", **text,
-    )  # fmt: skip
-    return model, [NULL_TOKENS[name] for name in found] or [20], frozen, beside
+        config.size, channels=C, out_channels=2 * C if config.learned_variance else C,
+        integration=config.integration, qk_norm=config.qk_norm, temporal=stage == "video",
+    )
+    if not texts:
+        return model, frozen, {"text encoder": on_meta(T5Encoder, T5Config(depth=config.text_depth))}
+    model.text_widths = [text.width for text in texts.values()]
+    model.null_tokens = [NULL_TOKENS[name] for name in texts]
+    model.pooling = [POOLING[name] for name in texts]
+    return model, frozen, {}
 
 
-def report(stage, config):
-    """The lines that --dry-run prints: train.py's stage, "image" or "video", and its Config."""
-    model_config, lengths, frozen, beside = parts_of(stage, config)
-    model, frames = built(GenTron, model_config), config.frames if stage == "video" else 0
-    side = config.image_size // frozen["autoencoder"].factor
-    size = lambda module: sum(p.numel() for p in module.parameters())
-    total = size(model) + sum(map(size, beside.values()))
+def report(stage, config, gpus, tflops=989.0, utilisation=0.4):
+    """The lines that --dry-run prints. stage: "image" or "video"; config: train.py's flags; tflops: TFLOP/s
+    of a GPU; utilisation: the share that a step reaches. ValueError if the GPUs cannot divide the batch."""
+    batch, accumulate, sharers = config.batch_size, config.accumulate, config.shard or gpus
+    if not isinstance(gpus, int) or min(gpus, tflops, utilisation) <= 0:
+        raise ValueError(f"--dry-run {gpus},{tflops:g},{utilisation:g}: must be above 0, GPUs whole")
+    if batch % (gpus * accumulate):
+        product = f"{gpus} GPUs times --accumulate {accumulate}"
+        raise ValueError(f"--batch-size {batch}: not a multiple of {product}")
+    if gpus % sharers:
+        raise ValueError(f"--shard {sharers}: does not divide the {gpus} GPUs")
+    model_config, frozen, learned = parts_of(stage, config)
+    model = on_meta(GenTron, model_config)
+    total = size_of(model) + sum(map(size_of, learned.values()))
     lines = [f"parameters {total}"]
     lines += [f"  {part:<24}{n / 1e6:>10.2f}M" for part, n in by_part(model).items()]
-    lines += [f"  {name:<24}{size(module) / 1e6:>10.2f}M" for name, module in beside.items()]
-    lines += [f"  {name + ', frozen':<24}{size(module) / 1e6:>10.2f}M, not among them" for name, module in frozen.items()]
-    work = config.batch_size * flops(model_config, frames, side, lengths, config.checkpointing)
-    reading = config.batch_size * sum(2 * size(frozen[name]) * NULL_TOKENS[name] for name in READERS if name in frozen)
-    lines.append(f"a step of {config.batch_size}: {work / 1e12:.2f} TFLOP, and {reading / 1e12:.2f} for the frozen text encoders")
-    if config.batch_size % (config.gpus * config.accumulate):
-        raise ValueError(f"--batch-size {config.batch_size}: not a multiple of {config.gpus} GPUs times --accumulate {config.accumulate}")
-    half, local = config.precision != "fp32", config.batch_size // config.gpus // config.accumulate
-    moving = activations(
-        model_config, local, frames, side, lengths, torch.bfloat16 if half else torch.float32, config.checkpointing,
-        config.attention != "written",
-    )  # fmt: skip
-    sharers = config.shard or config.gpus
-    if config.gpus % sharers:
-        raise ValueError(f"--shard {sharers}: does not divide the {config.gpus} GPUs")
-    gathered = 2 * size(model.blocks[0]) * (2 if half else 4)
-    memory = {
-        "weights": total * 4 / sharers,
-        "gradients": total * 4 / sharers,
-        "optimizer": total * OPTIMIZER[config.optimizer] / sharers,
-        "EMA": total * 4 / sharers,
-        **({"two gathered blocks": gathered} if sharers > 1 else {"weights in bf16": total * 2} if half else {}),
-        "frozen": sum(size(module) * (4 if name == "autoencoder" else 2) for name, module in frozen.items()),
-        f"activations of {local}": moving,
-    }
-    lines.append(f"memory of each of {config.gpus} GPUs, {'bf16' if half else 'fp32'} products: {sum(memory.values()) / 2**30:.1f} GiB")
+    lines += [f"  {name:<24}{size_of(part) / 1e6:>10.2f}M" for name, part in learned.items()]
+    for name, part in frozen.items():
+        lines.append(f"  {name + ', frozen':<24}{size_of(part) / 1e6:>10.2f}M, not among them")
+
+    encoders = [name for name in frozen if name in ENCODERS]
+    lengths = [NULL_TOKENS[name] for name in encoders] or [20]  # of the captions
+    side = config.image_size // frozen["autoencoder"].factor
+    shape = config.frames if stage == "video" else 0, side, lengths
+    work = batch * flops(model_config, *shape, config.checkpointing)
+    reading = batch * sum(2 * size_of(frozen[name]) * NULL_TOKENS[name] for name in encoders)
+    texts = f"{reading / 1e12:.2f} for the frozen text encoders"
+    lines.append(f"a step of {batch}: {work / 1e12:.2f} TFLOP, and {texts}")
+
+    half, local = config.precision != "fp32", batch // gpus // accumulate
+    each = {"weights": 4, "gradients": 4, "optimizer": STATE_BYTES[config.optimizer], "EMA": 4}  # bytes
+    memory = {name: total * count / sharers for name, count in each.items()}
+    if sharers > 1:
+        memory["two gathered blocks"] = 2 * size_of(model.blocks[0]) * (2 if half else 4)
+    elif half:
+        memory["weights in bf16"] = total * 2
+    memory["frozen"] = sum(size_of(frozen[name]) * (2 if name in encoders else 4) for name in frozen)
+    options = torch.bfloat16 if half else torch.float32, config.checkpointing, config.attention != "written"
+    memory[f"activations of {local}"] = activations(model_config, local, *shape, *options)
+    needed = f"{'bf16' if half else 'fp32'} products: {sum(memory.values()) / 2**30:.1f} GiB"
+    lines.append(f"memory of each of {gpus} GPUs, {needed}")
     lines += [f"  {name:<24}{n / 2**30:>10.2f} GiB" for name, n in memory.items()]
-    seconds = (work + reading) / (config.gpus * config.tflops * 1e12 * config.utilisation)
-    lines.append(
-        f"time: {seconds:.3g} s a step, {seconds * config.steps / 3600:.3g} hours for {config.steps} steps, at "
-        f"{config.utilisation:g} of {config.tflops:g} TFLOP/s a GPU"
-    )
+
+    seconds = (work + reading) / (gpus * tflops * 1e12 * utilisation)
+    hours = f"{seconds * config.steps / 3600:.3g} hours for {config.steps} steps"
+    lines.append(f"time: {seconds:.3g} s a step, {hours}, at {utilisation:g} of {tflops:g} TFLOP/s a GPU")
     return lines

@@ -1,5 +1,6 @@
-"""What published implementations write and compute, for the tests of several folders: transformers' CLIP and T5 and diffusers'
-autoencoder with random weights (no published weights are at hand), their folders, and DiT's sampling."""
+"""What published implementations write and compute, for the tests of several folders: transformers' CLIP and
+T5 and diffusers' autoencoder with random weights (no published weights are at hand), their folders, and DiT's
+sampling."""
 import gzip
 import importlib.util
 import json
@@ -34,7 +35,8 @@ def write_byte_pairs(folder):
     letters = list(byte_letters().values())
     pieces = letters + [f"{letter}</w>" for letter in letters] + [line.replace(" ", "") for line in lines]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8")
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
 
 
@@ -57,7 +59,8 @@ def clip(**changes):
 
 def whole_clip():
     vision = CLIP | dict(hidden_size=16, image_size=32, patch_size=16)
-    return spread(transformers.CLIPModel(transformers.CLIPConfig(text_config=CLIP, vision_config=vision, projection_dim=8)))
+    config = transformers.CLIPConfig(text_config=CLIP, vision_config=vision, projection_dim=8)
+    return spread(transformers.CLIPModel(config))
 
 
 def t5(kind=transformers.T5EncoderModel, **changes):
@@ -89,7 +92,7 @@ def oracle(widths, layers=2, **config):
     return shake(diffusers.AutoencoderKL(
         block_out_channels=widths, layers_per_block=layers, down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels, **config,
-    )).eval()  # fmt: skip
+    )).eval()
 
 
 def space_timesteps(steps, count):
@@ -102,8 +105,9 @@ def space_timesteps(steps, count):
 
 
 def p_sample_loop(model, x, count, generators):
-    """DiT's sampling of model(x, t): 250 respaced steps, learned_range, nothing clipped; by Nichol & Dhariwal 2021, on the
-    numbers of the shorter chain: its β from the products of the steps kept, its own log β̃, clipped at the first."""
+    """DiT's sampling of model(x, t): 250 respaced steps, learned_range, nothing clipped; by Nichol & Dhariwal
+    2021, on the numbers of the shorter chain: its β from the products of the steps kept, its own log β̃,
+    clipped at the first."""
     kept = space_timesteps(1000, count)
     bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[kept]
     bar_before = np.append(1.0, bar[:-1])

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from diffusion import SAMPLERS, Diffusion, ddim, dpm_solver, guided
+from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, ddim, dpm_solver, reverse_step, variance_loss
 
 KINDS = [(s, p) for s in ("linear", "cosine") for p in ("noise", "velocity", "x0")]
 
@@ -184,7 +184,7 @@ def conditions():
 def test_guidance_is_the_formula_on_every_channel():
     condition, null = conditions()
     x, t = torch.randn(3, 4, 2, 2), torch.full((3,), 500)
-    out = guided(toy, condition, null, 3.0)(x, t)
+    out = classifier_free_guidance(toy, condition, null, 3.0)(x, t)
     c, u = toy(x, t, **condition), toy(x, t, **null)
     torch.testing.assert_close(out[:, :4], u[:, :4] + 3 * (c[:, :4] - u[:, :4]))
     torch.testing.assert_close(out[:, 4:], c[:, 4:])
@@ -194,15 +194,15 @@ def test_guidance_is_the_formula_on_every_channel():
 def test_guidance_one_and_outside_the_interval_is_the_conditional_model():
     condition, null = conditions()
     x, t = torch.randn(3, 4, 2, 2), torch.full((3,), 500)
-    assert torch.equal(guided(toy, condition, null, 1.0)(x, t), toy(x, t, **condition))
-    assert torch.equal(guided(toy, condition, null, 5.0, interval=(0.6, 1.0))(x, t), toy(x, t, **condition))
-    assert not torch.equal(guided(toy, condition, null, 5.0, interval=(0.4, 0.6))(x, t), toy(x, t, **condition))
+    assert torch.equal(classifier_free_guidance(toy, condition, null, 1.0)(x, t), toy(x, t, **condition))
+    assert torch.equal(classifier_free_guidance(toy, condition, null, 5.0, interval=(0.6, 1.0))(x, t), toy(x, t, **condition))
+    assert not torch.equal(classifier_free_guidance(toy, condition, null, 5.0, interval=(0.4, 0.6))(x, t), toy(x, t, **condition))
 
 
 def test_full_rescale_gives_the_conditional_spread():
     condition, null = conditions()
     x, t = torch.randn(3, 4, 8, 8), torch.full((3,), 500)
-    out = guided(toy, condition, null, 6.0, rescale=1.0)(x, t)[:, :4].flatten(1).std(1)
+    out = classifier_free_guidance(toy, condition, null, 6.0, rescale=1.0)(x, t)[:, :4].flatten(1).std(1)
     torch.testing.assert_close(out, toy(x, t, **condition)[:, :4].flatten(1).std(1))
 
 
@@ -223,12 +223,12 @@ def test_learned_variance_finds_the_true_reverse_variance():
 
     def closure():
         optimizer.zero_grad()
-        loss = d.variance_bound(x0, x, prediction, extra.expand_as(x0), times).mean()
+        loss = variance_loss(d, x0, x, prediction, extra.expand_as(x0), times).mean()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    _, low, high = d.reverse_step(x0[:1], x[:1], times[:1], times[:1] - 1)
+    _, low, high = reverse_step(d, x0[:1], x[:1], times[:1], times[:1] - 1)
     found = (low + (extra + 1) / 2 * (high - low)).item()
     assert found == pytest.approx(true, abs=0.01) and high.item() - low.item() > 0.01
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from conditioning import masked_mean
+from conditioning import mean_of_words
 from dit import GenTron, ModelConfig, patchify, position_embedding, sincos, unpatchify
 
 SMALL = dict(depth=2, width=24, heads=3, channels=3, out_channels=3, text_widths=(10,), qk_norm=True)
@@ -111,14 +111,14 @@ def test_two_encoders_take_turns_in_the_blocks_and_are_added_in_the_vector():
     x, t, (first,), (mask,) = inputs()
     second, second_mask = torch.randn(3, 4, 14, dtype=torch.float64), torch.ones(3, 4, dtype=torch.bool)
     out = lambda a, b: model(x, t, (a, b), (mask, second_mask))
-    assert [block.cross_attention.k.in_features for block in model.blocks] == [10, 14, 10]
+    assert [block.cross_attention.attention.k.in_features for block in model.blocks] == [10, 14, 10]
     pooled = model.condition((first, second), (mask, second_mask), torch.zeros(3, dtype=torch.bool))[2]
     by_hand = model.condition.pool[0](torch.stack([first[0, 4], first[1, 1], first[2, 2]]))  # masks of 5, 2 and 3 words
     torch.testing.assert_close(pooled, by_hand + model.condition.pool[1](second.mean(1)))
     with torch.no_grad():
         for mlp in model.condition.pool:
             mlp[2].weight.zero_()
-        model.blocks[1].cross_attention.out.weight.zero_()
+        model.blocks[1].cross_attention.attention.out.weight.zero_()
     before = out(first, second)
     assert torch.equal(out(first, second + 1), before) and (out(first + 1, second) - before).abs().max() > 1e-4
     other = shake(small(**two))
@@ -126,17 +126,17 @@ def test_two_encoders_take_turns_in_the_blocks_and_are_added_in_the_vector():
         for mlp in other.condition.pool:
             mlp[2].weight.zero_()
         for k in (0, 2):
-            other.blocks[k].cross_attention.out.weight.zero_()
+            other.blocks[k].cross_attention.attention.out.weight.zero_()
     model = other
     assert torch.equal(out(first + 1, second), out(first, second)) and (out(first, second + 1) - out(first, second)).abs().max() > 1e-4
     with pytest.raises(ValueError, match="2 text widths, 1 null texts"):
         small(text_widths=(10, 14), pooling=("mean", "mean"))
 
 
-def test_masked_mean_by_hand():
+def test_mean_of_words_by_hand():
     text = torch.tensor([[[2.0], [4.0], [100.0]], [[1.0], [5.0], [9.0]]])
     mask = torch.tensor([[True, True, False], [False, False, False]])
-    assert masked_mean(text, mask).tolist() == [[3.0], [0.0]]
+    assert mean_of_words(text, mask).tolist() == [[3.0], [0.0]]
 
 
 def test_class_labels_take_the_place_of_text():

@@ -9,10 +9,11 @@ from conftest import rounding
 from PIL import Image
 
 import sample
+from data import prompt_lists
 from encoders.autoencoder import Autoencoder, AutoencoderConfig, check_scale
-from diffusion import SAMPLERS, guided
+from diffusion import SAMPLERS, classifier_free_guidance
 from common.hardware import device_of
-from pipeline import Pipeline
+from sample import Pipeline
 from encoders.t5 import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -62,11 +63,11 @@ def test_null_text_of_training_and_sampling_is_one_object(run):
     """With guidance 0 only the null pass counts: the prompt's words, its length included, must leave no trace; and a
     change of the one null parameter changes both what training with a dropped caption and what sampling sees."""
     model = Pipeline.load(run)
-    text, masks = model.read(CAPTIONS[:1])
+    text, masks = model.encode_text(CAPTIONS[:1])
     x, t, dropped = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.tensor([True])
     trained = model.transformer(x, t, text, masks, dropped)
-    sampled = guided(
-        model.transformer, dict(text=text, mask=masks, dropped=~dropped), dict(text=text, mask=masks, dropped=dropped), 0.0
+    sampled = classifier_free_guidance(
+        model.transformer, dict(text=text, text_mask=masks, dropped=~dropped), dict(text=text, text_mask=masks, dropped=dropped), 0.0
     )
     near = lambda found, expected: (found - expected).abs().max() <= rounding(expected, sums=10 * 96)  # 2 blocks of 5 products
     assert near(sampled(x, t), trained)
@@ -108,7 +109,7 @@ def test_commands(run, tmp_path, monkeypatch):
     model = Pipeline.load(run)
     assert abs(first - model.generate(["a red circle"], steps=2)[0].permute(1, 2, 0).numpy()).max() <= 1
     for arguments, message in (
-        (["a star", "--sampler", "euler", *common], "sampler 'euler' is not one of ddpm, ddim, dpm, sde"),
+        (["a star", "--sampler", "euler", *common], "--sampler euler: not one of ddpm, ddim, dpm, sde"),
         (["a star", "--checkpoint", run, "--precision", "fp16"], "--precision fp16: not one of auto, fp32, bf16"),
         (["a star", "--checkpoint", run, "--steps", 2000], "2000 sampling steps asked for, 1 to 1000 are possible"),
         ([], "no prompt"),
@@ -199,8 +200,8 @@ def test_lists_of_prompts_become_the_folder_that_t2i_compbench_reads(run, tmp_pa
     assert (folder / names[0]).read_bytes() == b"kept"
     # drawn in a batch of another size: fp32 rounds a pixel, of 255 levels, to a neighbouring one at most
     assert all(abs(read(name) - before).max() <= 1 for name, before in zip(names[1:], first[1:]))
-    assert sample.read_prompts(table) == ["a red circle", "a big pink/blue_star"]
-    assert len(sample.file_name("x" * 500, 3, ".png").encode()) < 255
+    assert prompt_lists.read_prompts(table) == ["a red circle", "a big pink/blue_star"]
+    assert len(prompt_lists.file_name("x" * 500, 3, ".png").encode()) < 255
     assert all(name.rpartition("_")[2] == f"{i:06d}.png" and name.count("_") == 1 for i, name in enumerate(names))
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import rounding
 
-from diffusion import guided, guided_motion
+from diffusion import classifier_free_guidance, motion_free_guidance
 from dit import GenTron, ModelConfig, sincos
 from temporal import TempSelfAttn, inflate, motion_free_mask
 
@@ -58,8 +58,8 @@ def test_other_weights_are_named():
         inflate(video, image.state_dict())
 
 
-@pytest.mark.parametrize("motion_free", [torch.tensor([True] * B), True])
-def test_under_the_motion_free_mask_a_frame_sees_itself_alone(motion_free):
+def test_under_the_motion_free_mask_a_frame_sees_itself_alone():
+    motion_free = torch.ones(B, dtype=torch.bool)
     video = random_weights(GenTron(ModelConfig(**SMALL, temporal=True)))
     x, t, text, mask = batch()
     other = x.clone()
@@ -77,11 +77,11 @@ def test_frames_may_have_timesteps_of_their_own():
     """Under the motion-free mask a clip is then so many pictures, each at its own; and where all are equal, they are one."""
     video = random_weights(GenTron(ModelConfig(**SMALL, temporal=True)))
     x, _, text, mask = batch()
-    t = torch.randint(0, 1000, (B, F))
+    t, free = torch.randint(0, 1000, (B, F)), torch.ones(B, dtype=torch.bool)
     with torch.no_grad():
-        clip = video(x, t, text, mask, motion_free=True)
+        clip = video(x, t, text, mask, motion_free=free)
         for i in range(F):
-            alone = video(x[:, i : i + 1], t[:, i], text, mask, motion_free=True)[:, 0]
+            alone = video(x[:, i : i + 1], t[:, i], text, mask, motion_free=free)[:, 0]
             assert (clip[:, i] - alone).abs().max() <= rounding(alone, sums=10 * 128)  # as above
         same = video(x, t[:, :1].expand(B, F), text, mask)
         one = video(x, t[:, 0], text, mask)
@@ -89,17 +89,20 @@ def test_frames_may_have_timesteps_of_their_own():
         assert (same - video(x, t, text, mask)).abs().max() > 10 * rounding(one, sums=10 * 128)
 
 
-def test_each_clip_of_a_batch_has_its_own_mask_and_the_shortcut_equals_it():
+def test_each_clip_of_a_batch_has_its_own_mask():
     video = random_weights(GenTron(ModelConfig(**SMALL, temporal=True)).double())
     x, t, text, mask = batch(torch.float64)
     free = torch.tensor([True, False, True])
     with torch.no_grad():
         mixed = video(x, t, text, mask, motion_free=free)
-        still, moving = video(x, t, text, mask, motion_free=True), video(x, t, text, mask)
+        still = video(x, t, text, mask, motion_free=torch.ones(B, dtype=torch.bool))
+        moving = video(x, t, text, mask)
         torch.testing.assert_close(mixed[free], still[free], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(mixed[~free], moving[~free], rtol=1e-9, atol=1e-12)
         assert not torch.allclose(still, moving)
-    assert motion_free_mask(free, 2).tolist() == [[[True, False], [False, True]], [[True] * 2] * 2, [[True, False], [False, True]]]
+    identity, everything = [[True, False], [False, True]], [[True, True], [True, True]]
+    found = motion_free_mask(free, frames=2, tokens=2).squeeze(1).tolist()
+    assert found == [identity, identity, everything, everything, identity, identity]
 
 
 def test_the_layer_is_the_equation_in_the_paper():
@@ -114,15 +117,18 @@ def test_the_layer_is_the_equation_in_the_paper():
         theirs.out_proj.load_state_dict(ours.out.state_dict())
         y = layer.norm(x)[0].transpose(0, 1) + positions  # (N, F, D)
         expected = x + theirs(y, y, y)[0].transpose(0, 1)[None]
-        torch.testing.assert_close(layer(x, positions, None), expected)
+        everywhere = motion_free_mask(torch.tensor([False]), frames=3, tokens=4)
+        torch.testing.assert_close(layer(x, positions[None], everywhere), expected)
 
 
 def test_without_positions_a_clip_cannot_be_told_from_its_reverse():
     layer = random_weights(TempSelfAttn(16, 2))
     x = torch.randn(2, F, 6, 16)
+    mask = motion_free_mask(torch.zeros(2, dtype=torch.bool), F, tokens=6)
     with torch.no_grad():
         for positions, same in ((torch.zeros(F, 16), True), (sincos(torch.arange(F), 16), False)):
-            forth, back = layer(x, positions, None), layer(x.flip(1), positions, None).flip(1)
+            positions = positions.expand(2, F, 16)
+            forth, back = layer(x, positions, mask), layer(x.flip(1), positions, mask).flip(1)
             assert torch.allclose(forth, back, atol=1e-5) == same
 
 
@@ -135,7 +141,7 @@ def test_frames_taken_out_of_a_clip_keep_their_numbers():
     x, t, text, mask = batch(torch.float64)
     two, numbers = x[:, [1, 4]], torch.tensor([1, 4])
     with torch.no_grad():
-        torch.testing.assert_close(video(two, t, text, mask, numbers=numbers), video(x, t, text, mask)[:, [1, 4]])
+        torch.testing.assert_close(video(two, t, text, mask, frame_numbers=numbers), video(x, t, text, mask)[:, [1, 4]])
         assert (video(two, t, text, mask) - video(x, t, text, mask)[:, [1, 4]]).abs().max() > 1e-4
 
 
@@ -155,7 +161,7 @@ def test_motion_free_guidance_is_the_formula():
     toy.rows = []
     x, t = torch.randn(2, 3, 1, 2, 2), torch.full((2,), 500)
     both, motion, neither = conditions()
-    out = guided_motion(toy, both, motion, neither, 7.5, 1.2)(x, t)
+    out = motion_free_guidance(toy, both, motion, neither, 7.5, 1.2)(x, t)
     assert toy.rows == [6]  # three passes, one call
     a, b, c = (toy(x, t, **condition) for condition in (both, motion, neither))
     torch.testing.assert_close(out, c + 7.5 * (a - b) + 1.2 * (b - c))
@@ -165,8 +171,8 @@ def test_at_lambda_m_one_it_is_classifier_free_guidance_in_two_passes():
     toy.rows = []
     x, t = torch.randn(2, 3, 1, 2, 2), torch.full((2,), 500)
     both, motion, neither = conditions()
-    out = guided_motion(toy, both, motion, neither, 7.5, 1.0)(x, t)
+    out = motion_free_guidance(toy, both, motion, neither, 7.5, 1.0)(x, t)
     assert toy.rows == [4]
-    assert torch.equal(out, guided(toy, both, motion, 7.5)(x, t))
+    assert torch.equal(out, classifier_free_guidance(toy, both, motion, 7.5)(x, t))
     a, b, c = (toy(x, t, **condition) for condition in (both, motion, neither))
     torch.testing.assert_close(out, c + 7.5 * (a - b) + 1.0 * (b - c))

@@ -1,10 +1,11 @@
 """Checkpoints of a run, to go on from: folders that torch.distributed.checkpoint writes and reads.
 
-    RUN/checkpoints/000500/    one file a rank, and where in them each tensor lies, so that any number of ranks can read it
+    RUN/checkpoints/000500/    one file a process, and where each tensor lies: any number can read it
 
-A checkpoint holds the weights, their EMA, the optimizers' state, the step, and the flags. There is no random state to hold:
-a step draws its batch and its noise from (seed, step) alone. A folder is written under another name and renamed when it is
-whole and on the disk: whatever happens in the meantime, no broken one is ever seen. Nothing that is read can run code.
+A checkpoint holds the weights, their EMA, the optimizers' state, the number of steps done, and the flags. It
+holds no random state and no data position: a step draws its batch and its noise from (seed, step) alone. A
+folder is written under another name and renamed when it is whole and on the disk, so no broken one is ever
+seen. Nothing that is read can run code.
 """
 import json
 import os
@@ -17,32 +18,34 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from common.files import FORMAT, check_format
 from training import distributed
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what it then assumes, rightly
+# one process is what it then assumes, rightly
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-# Flags that a run is not the same without.
+# Flags without which a run is not the same.
 FIXED = (
-    "size", "data", "cache", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer", "schedule", "target",
-    "shift", "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal", "p_motion_free", "own_timesteps", "one_frame",
-    "two_frames", "four_frames",
-)  # fmt: skip
+    "size", "data", "cache", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer",
+    "schedule", "target", "shift", "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal",
+    "p_motion_free", "own_timesteps", "frame_curriculum",
+)
 
 
 class Records(pickle.Unpickler):
-    """Reads a checkpoint's list of contents, which is a pickle, without the power to run code: what it may hold is torch's
-    own records, and dtypes."""
+    """Reads a checkpoint's list of contents, a pickle, without running code from it. torch.load cannot read
+    it with weights_only; so we allow torch's own records and dtypes, and nothing else."""
 
     ALLOWED = {
         "torch.distributed.checkpoint.metadata": (
-            "Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata", "TensorProperties",
-            "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+            "Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata", "TensorStorageMetadata",
+            "TensorProperties", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
         ),
         "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
         "torch.serialization": ("_get_layout",),
         "torch": ("Size", "float32", "float64", "bfloat16", "float16", "int64"),
         "pathlib": ("PosixPath", "PurePosixPath", "WindowsPath"),
-    }  # fmt: skip
+    }
 
     def find_class(self, module, name):
         if name not in self.ALLOWED.get(module, ()):
@@ -61,8 +64,10 @@ class Reader(dcp.FileSystemReader):
 
 
 def state_of(trained, ema, optimizers):
-    """All that is saved, by name: {"model.NAME", "ema.NAME", "optimizer.K.NAME.KEY"}. trained and ema: {name: tensor}."""
-    state = {f"model.{name}": p.detach() for name, p in trained.items()} | {f"ema.{name}": e for name, e in ema.items()}
+    """All that is saved, by name: {"model.NAME", "ema.NAME", "optimizer.K.NAME.KEY"}. trained and ema: {name:
+    tensor}."""
+    state = {f"model.{name}": p.detach() for name, p in trained.items()}
+    state |= {f"ema.{name}": average for name, average in ema.items()}
     names = {id(p): name for name, p in trained.items()}
     for k, optimizer in enumerate(optimizers):
         for p, values in optimizer.state.items():
@@ -73,7 +78,8 @@ def state_of(trained, ema, optimizers):
 def folders(run):
     """The whole checkpoints of a run's folder, oldest first."""
     found = (Path(run) / "checkpoints").glob("*/config.json")
-    return sorted((path.parent for path in found if path.parent.name.isdecimal()), key=lambda folder: int(folder.name))
+    whole = [path.parent for path in found if path.parent.name.isdecimal()]
+    return sorted(whole, key=lambda folder: int(folder.name))
 
 
 def trained_in(run):
@@ -81,13 +87,14 @@ def trained_in(run):
     try:
         config = json.loads((folders(run)[-1] / "config.json").read_text())["config"]
         return dict(processor=config.get("processor"), precision=config["precision"])
-    except (IndexError, OSError, ValueError, KeyError, TypeError):  # none there, or damaged, which `load` will say
+    except (IndexError, OSError, ValueError, KeyError, TypeError):  # none, or damaged, which `load` will say
         return None
 
 
 def save(run, step, config, state, keep=2):
-    """Writes a checkpoint; older ones than the last `keep` are removed, and those of later steps, which an earlier run left in
-    the folder. config: a dictionary. OSError if it cannot be written; what was there before then still is."""
+    """Writes a checkpoint; older ones than the last `keep` are removed, and those of later steps, which an
+    earlier run left in the folder. config: a dictionary. OSError if it cannot be written; what was there
+    before then still is."""
     root = Path(run) / "checkpoints"
     part, final = root / f".part-{step:06d}", root / f"{step:06d}"
     if distributed.rank() == 0:
@@ -96,12 +103,13 @@ def save(run, step, config, state, keep=2):
             shutil.rmtree(leftover)
         size = sum(t.numel() * t.element_size() for t in state.values())
         if (free := shutil.disk_usage(root).free) < size:
-            raise OSError(f"{root}: a checkpoint needs {size / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} free")
-    distributed.wait()
+            needed = f"a checkpoint needs {size / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} free"
+            raise OSError(f"{root}: {needed}")
+    distributed.barrier()
     try:
         dcp.save(state, checkpoint_id=part, no_dist=distributed.world() == 1)
         if distributed.rank() == 0:
-            (part / "config.json").write_text(json.dumps(dict(step=step, config=config)))
+            (part / "config.json").write_text(json.dumps(dict(format=FORMAT, step=step, config=config)))
             for path in (*part.iterdir(), part):
                 sync(path)
             if final.exists():
@@ -115,7 +123,7 @@ def save(run, step, config, state, keep=2):
         if distributed.rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{final} could not be written: {str(error).strip().splitlines()[-1]}") from None
-    distributed.wait()
+    distributed.barrier()
 
 
 def sync(path):
@@ -127,39 +135,44 @@ def sync(path):
         os.close(handle)
 
 
-def load(run, config, trained, ema, optimizers):
-    """Fills weights, EMA and optimizers from the run's last checkpoint, whatever the number of ranks that wrote it; returns
-    the number of steps done. ValueError if there is none, it is damaged, or it was made with other flags or another model."""
+def load(run, flags, trained, ema, optimizers):
+    """Fills weights, EMA and optimizers from the run's last checkpoint, whatever the number of ranks that
+    wrote it; returns the number of steps done. ValueError if there is none, it is damaged, or it was made
+    with other flags or another model."""
     if not folders(run):
         raise ValueError(f"--resume: there is no checkpoint in {run}; start without --resume")
     folder = folders(run)[-1]
     try:
         saved = json.loads((folder / "config.json").read_text())
+        check_format("it", saved.get("format"))
         for key in FIXED:
-            if saved["config"].get(key) != getattr(config, key):
-                flag = f"--{key.replace('_', '-')}"
-                raise ValueError(f"made with {flag} {saved['config'].get(key)}, not {getattr(config, key)}")
-        begin(optimizers)
+            before, now = saved["config"].get(key), getattr(flags, key)
+            if before != now:
+                raise ValueError(f"made with --{key.replace('_', '-')} {before}, not {now}")
+        create_state(optimizers)
         state = state_of(trained, ema, optimizers)
         shapes = Reader(folder).read_metadata().state_dict_metadata
-        if {name: tuple(shapes[name].size) for name in shapes} != {name: tuple(tensor.shape) for name, tensor in state.items()}:
+        found = {name: tuple(shapes[name].size) for name in shapes}
+        if found != {name: tuple(tensor.shape) for name, tensor in state.items()}:
             raise ValueError("its weights are of another model; give the flags it was made with")
         dcp.load(state, storage_reader=Reader(folder), no_dist=distributed.world() == 1)
     except ValueError as error:
         raise ValueError(f"--resume: {folder}: {error}") from None
     except (Exception, CheckpointException) as error:  # torch's readers raise many kinds
-        raise ValueError(f"--resume: {folder} is damaged: {str(error).strip().splitlines()[-1][:200]}") from None
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise ValueError(f"--resume: {folder} is damaged: {reason}") from None
     return saved["step"]
 
 
-def begin(optimizers):
+def create_state(optimizers):
     """Makes the optimizers' state, to be filled: a step with gradients of zero at a learning rate of zero."""
     for optimizer in optimizers:
+        rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            before, group["lr"] = group["lr"], torch.zeros_like(group["lr"]) if torch.is_tensor(group["lr"]) else 0.0
+            group["lr"] = 0.0
             for p in group["params"]:
                 p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for group in optimizer.param_groups:
-            group["lr"] = before
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate

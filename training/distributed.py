@@ -2,13 +2,17 @@
 
     torchrun --nproc_per_node 8 train.py image --size XL/2 …
 
-starts 8 processes (ranks). Each holds a share of every weight, gradient, EMA and optimizer state, gathers a block's weights
-just before it runs, and computes its share of the batch; gradients are averaged as they are handed back. With --shard S the
-weights are shared out among S neighbours alone (the GPUs of a machine), and every such group holds the whole model (HSDP).
-With --shard 1 nothing is shared out: every rank has the whole model, and gradients are averaged by `Averaging`. Where that
-fits it spares Python some 3 milliseconds a block and step, longer than a GPU may need for the block.
-Without torchrun there is one process, no mesh, and the same code: a sharded weight is a DTensor, which optimizers, norms and
-EMA take as they take any tensor.
+starts 8 processes (ranks). Each holds a share of every weight, gradient, EMA and optimizer state. It gathers
+a block's weights just before the block runs, computes its share of the batch, and gives away its share of the
+gradients' average.
+
+    --shard 0    all ranks share one copy of the model
+    --shard S    each S neighbours share one copy (the GPUs of a machine): HSDP
+    --shard 1    every rank has the whole model; `Averaging` averages the gradients
+
+FSDP costs Python some 3 ms a block and step while the GPU idles; if the model fits on one GPU, use --shard 1.
+Without torchrun there is one process and the same code. A sharded weight is a DTensor, which optimizers, norms
+and EMA take as they take any tensor.
 """
 import os
 import sys
@@ -33,8 +37,8 @@ def world():
 
 
 def start(device):
-    """Joins the processes that torchrun started (does nothing without it), and returns this one's device. A process that
-    waits ten minutes for another gives up, with an error."""
+    """Joins the processes that torchrun started (does nothing without it), and returns this one's device. A
+    process that waits ten minutes for another gives up, with an error."""
     if "RANK" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":
@@ -49,9 +53,9 @@ def start(device):
 
 
 def shard(model, device, dtype, group=0):
-    """Shares out the weights of a GenTron (or any module; if it has `blocks`, block by block), in place. dtype: of the
-    products; weights stay in fp32 and gradients are summed in fp32. group: how many neighbours share the weights; 0: all; 1:
-    none do. ValueError if the number of processes is no multiple of it."""
+    """Shares out the weights of a GenTron (or any module; if it has `blocks`, block by block), in place.
+    dtype: of the products; weights stay in fp32 and gradients are summed in fp32. group: how many neighbours
+    share the weights; 0: all; 1: none do. ValueError if the number of processes is no multiple of it."""
     group = min(group or world(), world())
     if world() % group:
         raise ValueError(f"--shard {group}: does not divide the {world()} processes")
@@ -61,7 +65,9 @@ def shard(model, device, dtype, group=0):
         mesh = init_device_mesh(device.type, (group,))
     else:
         mesh = init_device_mesh(device.type, (world() // group, group), mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype != torch.float32 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        policy = MixedPrecisionPolicy(dtype, torch.float32)
     for block in getattr(model, "blocks", []):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -73,17 +79,20 @@ def whole(tensor):
 
 
 def share_of(tensor, like):
-    """This rank's share of a tensor that every rank has whole, sharded as `like` is; if that is not sharded, the tensor."""
+    """This rank's share of a tensor that every rank has whole, sharded as `like` is; if that is not sharded,
+    the tensor."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class DrawnWhole(TorchFunctionMode):
-    """While this mode is on, starting values are drawn for whole tensors on the CPU, and each rank keeps its share: a run
-    starts alike on any device and any number of ranks, and no rank ever holds more than one whole tensor of a shared model."""
+    """While this mode is on, starting values are drawn for whole tensors on the CPU, and each rank keeps its
+    share: a run starts alike on any device and any number of ranks, and no rank ever holds more than one
+    whole tensor of a shared model."""
 
-    FILLING = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_, torch.nn.init.normal_)
+    FILLING = tuple(getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "zero_", "fill_"))
+    FILLING += (torch.nn.init.normal_,)
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})
@@ -95,26 +104,29 @@ class DrawnWhole(TorchFunctionMode):
 
 
 class Averaging:
-    """Of a model's gradients over the ranks. Those of shared weights FSDP averages as it hands them back; those of weights that
-    every rank has whole are sent off here, each as soon as the backward pass has it, while that goes on."""
+    """Averages a model's gradients over the ranks. FSDP does so for sharded weights. A gradient of a whole
+    weight is sent off here as soon as the backward pass has it. (DDP wraps the forward pass of one module;
+    here several modules train, and are called apart.)"""
 
     def __init__(self, model):
-        self.model, self.on, self.sent = model, True, []
+        self.model = model
+        self.enabled = True
+        self.sent = []
         for p in model.parameters():
             if world() > 1 and p.requires_grad and not isinstance(p, DTensor):
                 p.register_post_accumulate_grad_hook(self.send)
 
     def send(self, p):
-        if self.on:
+        if self.enabled:
             p.grad /= world()
             self.sent.append(dist.all_reduce(p.grad, async_op=True))
 
-    def switch(self, on):
-        """Whether the next backward pass averages, or only adds up what is here."""
-        self.on = on
+    def enable(self, enabled):
+        """Whether the next backward pass averages, or only adds up gradients here."""
+        self.enabled = enabled
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(on)
+                module.set_requires_gradient_sync(enabled)
 
     def wait(self):
         """Until the averages of the last backward pass are there."""
@@ -147,7 +159,7 @@ def gathered(items):
     return sum(lists, [])
 
 
-def wait():
-    """Until every rank is here."""
+def barrier():
+    """Waits until every rank is here."""
     if dist.is_initialized():
         dist.barrier()

@@ -1,11 +1,13 @@
-"""Muon (Jordan et al. 2024): momentum whose matrix updates are made orthogonal, so that every direction learns alike.
+"""What turns gradients into weights: Muon, AdamW, the learning rate, and the averaged weights (EMA).
+
+Muon (Jordan et al. 2024) makes the updates of matrices orthogonal, so that every direction learns alike:
 
     m ← 0.95 m + g;   u = 0.95 m + g;   W ← W - lr · 0.2 sqrt(max(rows, columns)) · UVᵀ,   where u = UΣVᵀ
 
-A Newton–Schulz iteration gives UVᵀ nearly, with products alone. The factor 0.2 sqrt(…) makes an update as large as
-AdamW's, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon is the same
-rule; this one iterates in the dtype it is given (bf16 is slow on many CPUs), and on all matrices of one shape at once; of a
-sharded matrix every rank makes the whole update and keeps its share.
+A Newton–Schulz iteration gives UVᵀ nearly, by products alone. The factor makes an update as large as AdamW's,
+so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon is the same rule;
+ours iterates in the dtype that this machine multiplies fast, on all matrices of one shape together, and on
+sharded ones.
 """
 import torch
 
@@ -24,31 +26,71 @@ def orthogonalise(u, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """For weight matrices (convolution kernels count as matrices of their output channels) inside the network; the
-    rest, and the first and last layer, are better left to AdamW."""
+    """For matrices inside the network; a convolution kernel counts as the matrix of its output channels. The
+    rest is better left to AdamW. dtype: of the iteration."""
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype  # of the iteration
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
+            of_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, same in shapes.items():
-                updates = []
-                for p in same:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                    m = self.state[p]["momentum"]
-                    m.lerp_(p.grad, 1 - group["momentum"])  # the sum in the docstring, but for a factor that is divided away
-                    updates.append(whole(torch.lerp(p.grad, m, group["momentum"])).flatten(1))
-                updates = orthogonalise(torch.stack(updates).to(self.dtype)).to(same[0].dtype)
-                size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
-                for p, update in zip(same, updates):
-                    if group["weight_decay"]:
-                        p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(share_of(update.view(shape), p), alpha=size)
+                    of_shape.setdefault(p.shape, []).append(p)
+            for shape, params in of_shape.items():
+                self.update(group, shape, params)
+
+    def update(self, group, shape, params):
+        """One step of all matrices of one shape. Of sharded ones every process computes the whole update."""
+        updates = []
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            m = self.state[p]["momentum"]
+            m.lerp_(p.grad, 1 - group["momentum"])  # the sum above, but for a factor that UVᵀ does not see
+            updates.append(whole(torch.lerp(p.grad, m, group["momentum"])).flatten(1))
+        updates = orthogonalise(torch.stack(updates).to(self.dtype)).to(params[0].dtype)  # (K, rows, columns)
+        size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
+        for p, update in zip(params, updates):
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(share_of(update.view(shape), p), alpha=size)
+
+
+def make_optimizers(model, optimizer, lr, weight_decay, dtype):
+    """A list: AdamW for all weights; or Muon for the matrices inside the blocks and AdamW for the rest. The
+    tables of adaLN are AdamW's, since their input is one vector a sample. dtype: of Muon's iteration."""
+    inside, rest = [], []
+    for name, p in model.named_parameters():
+        in_blocks = "blocks." in name or "coder." in name
+        matrix = p.ndim >= 2 and min(p.shape[:2]) >= 48
+        if optimizer == "muon" and in_blocks and matrix and "modulation" not in name and p.requires_grad:
+            inside.append(p)
+        elif p.requires_grad:
+            rest.append(p)
+    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    return [Muon(inside, lr, weight_decay=weight_decay, dtype=dtype), adamw] if inside else [adamw]
+
+
+def learning_rate(step, steps, warmup, cooldown):
+    """The share of the full rate at a step: it rises over `warmup` steps, stays, and falls to 0 over the last
+    share `cooldown` of the run."""
+    left = (steps - step) / max(1, cooldown * steps)
+    return min(1.0, (step + 1) / (warmup + 1), left)
+
+
+def set_learning_rate(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+@torch.no_grad()
+def update_ema(ema, weights, decay, step):
+    """ema ← decay · ema + (1 - decay) · weights. Early steps decay faster: a short run must not average its
+    first noise."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - decay)

@@ -1,138 +1,138 @@
-"""What a run can be told, and what it does if it is told nothing: the flags of train.py, and the recipes.
+"""The flags of train.py with their ranges, and the recipes: what a run does if it is told nothing.
 
-Every field of Config is a flag: batch_size is --batch-size. The defaults are the laptop demo's.
+The defaults of Flags are the laptop demo's. A size other than mini takes the values of PAPER for what is not
+given.
 """
 from dataclasses import dataclass
 from pathlib import Path
 
-from dit import SIZES
+from common.flags import check, dashed, flag, read
 from common.hardware import PRECISIONS, device_of
-from sample import parse_flags
 
 
 @dataclass
-class Config:
-    """The flags. A size other than mini takes PAPER's values for what is not given."""
+class Flags:
+    data: str = flag("shapes", "shapes, a folder of captioned pictures, or one of tar shards", group="data")
+    image_size: int = flag(64, "pixels each way, a multiple of 16", low=16)
+    cache: str = flag("", "a folder of latents that `python -m data.latent_cache` made of --data")
+    workers: int = flag(2, "processes that read tar shards ahead", low=0)
+    clips: str = flag("shapes", "video: shapes, or a folder of captioned clips; pictures: see --data")
+    frames: int = flag(8, "video: frames of a clip", low=2)
+    fps: int = flag(4, "video: frames a second, taken from the clips of a folder", low=1)
 
-    size: str = "mini"  # or S/2, B/2, L/2, XL/2, G/2
-    data: str = "shapes"  # or a folder of pictures with captions
-    image_size: int = 64  # pixels, each way
-    cache: str = ""  # a folder that `python data.py encode` made of --data
-    workers: int = 2  # processes that read tar shards ahead
-    clips: str = "shapes"  # video: or a folder of clips with captions; the pictures are those of --data
-    frames: int = 8
-    fps: int = 4  # frames a second, of clips from a folder
-    p_motion_free: float = 0.15  # share of a video batch that is pictures, repeated, under the motion-free mask
-    joint: bool = True  # false: no pictures, clips only
-    motion_free_mask: bool = True  # false: the pictures are still clips like any other
-    one_frame: int = 100  # video: so many steps at first see the last frame of each clip alone
-    two_frames: int = 100  # the next ones see two frames, one of each half
-    four_frames: int = 800  # and then four
-    own_timesteps: float = 0.85  # share of the clips whose frames have timesteps of their own
-    only_temporal: bool = False  # true: the image model's weights stay as they are
-    init: str = ""  # the image run to start from: image: if any; video: runs/image-DATA if not given
-    clip: str = ""  # the folder of a published CLIP whose text tower reads the captions
-    t5: str = ""  # the folder of a published T5 1.1 or Flan-T5; with both, the blocks take turns; with none, a mini T5 learns
-    integration: str = "cross"  # cross: text by cross-attention; adaln: pooled text alone
-    out: str = ""  # the run's folder; runs/STAGE-DATA if not given
-    autoencoder: str = ""  # its run, or a published folder; runs/autoencoder-DATA if not given, trained first if missing
-    steps: int = 0  # 0: the recipe's
-    batch_size: int = 128  # words of place are learned from large batches, hardly at all from 64
-    optimizer: str = "muon"  # muon (for the matrices in the blocks, with AdamW for the rest) or adamw
-    lr: float = 3e-3
-    warmup: int = 50  # steps of rising learning rate
-    cooldown: float = 0.4  # share of the steps, at the end, in which the learning rate falls to zero
-    weight_decay: float = 0.0
-    max_norm: float = 1.0  # of the gradient
-    ema: float = 0.999
-    schedule: str = "cosine"  # cosine or linear
-    target: str = "velocity"  # velocity, noise or x0
-    learned_variance: bool = False
-    shift: float = 6.0  # above 1: more of the training at high noise
-    qk_norm: bool = True
-    caption_dropout: float = 0.1
-    text_depth: int = 2  # blocks of the text encoder that trains along
-    latent_channels: int = 8  # of a new autoencoder
-    seed: int = 0
-    log_every: int = 100
-    sample_every: int = 0  # steps between pictures that show how far the model is; 0: four times a run; -1: none
-    checkpoint_every: int = 500
-    keep: int = 2  # the last checkpoints
-    resume: bool = False
-    patience: int = 10  # steps in a row with a gradient that is no number, before the run stops
-    accumulate: int = 1  # parts of a process's batch, one after the other: less memory
-    shard: int = 0  # under torchrun: how many neighbours share one copy of the model; 0: all; 1: none, each process has it whole
-    precision: str = "auto"  # of products: fp32, bf16 (weights stay fp32), or auto: bf16 where this machine multiplies it faster
-    attention: str = "auto"  # fused, written, or auto: written on a CPU
-    compile: bool = False  # torch.compile each block: on a GPU 1.5 times as fast with a third less memory, after a minute's wait
-    checkpointing: bool = False  # keep only what goes into each block, and compute the rest again: less memory, a third slower
-    device: str = "auto"
-    dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop (dryrun.py)
-    gpus: int = 8  # of a dry run
-    tflops: float = 989.0  # of one, in bf16
-    utilisation: float = 0.4  # share of that that a step reaches
+    size: str = flag("mini", "the transformer: mini, S/2, B/2, L/2, XL/2 or G/2", group="model")
+    integration: str = flag("cross", "how text enters", choices=("cross", "adaln"))
+    clip: str = flag("", "the folder of a published CLIP, whose text tower reads the captions")
+    t5: str = flag("", "the folder of a published T5 1.1 or Flan-T5; with --clip too, the blocks take turns")
+    text_depth: int = flag(2, "blocks of the mini T5 that trains along if neither is given", low=1)
+    autoencoder: str = flag("", "a run or published folder; runs/autoencoder-DATA if not given")
+    latent_channels: int = flag(8, "of a new autoencoder", low=1)
+    qk_norm: bool = flag(True, "LayerNorm on queries and keys")
+    init: str = flag("", "the image run to start from; video: runs/image-DATA if not given")
+    only_temporal: bool = flag(False, "video: the image model's weights stay as they are")
+
+    schedule: str = flag("cosine", "of the noise", choices=("cosine", "linear"), group="objective")
+    target: str = flag("velocity", "what the network predicts", choices=("velocity", "noise", "x0"))
+    learned_variance: bool = flag(False, "as DiT does")
+    shift: float = flag(6.0, "above 1: more of the training at high noise", low=0.01)
+    caption_dropout: float = flag(0.1, "share of the captions replaced by the null text", low=0, high=1)
+    p_motion_free: float = flag(0.15, "video: share of pictures, under the mask", low=0, high=0.99)
+    joint: bool = flag(True, "video: train on pictures too; false: on clips alone")
+    motion_free_mask: bool = flag(True, "video: false: the pictures are still clips like any other")
+    frame_curriculum: str = flag("100,100,800", "video, ours: steps that see 1, 2, 4 frames a clip")
+    own_timesteps: float = flag(0.85, "video, ours: share with a timestep a frame", low=0, high=1)
+
+    steps: int = flag(0, "0: the recipe's", low=0, group="optimizer")
+    batch_size: int = flag(128, "samples a step, of all processes together", low=1)
+    optimizer: str = flag("muon", "muon: AdamW for what is no matrix", choices=("muon", "adamw"))
+    lr: float = flag(3e-3, "the learning rate", low=0)
+    warmup: int = flag(50, "steps of rising learning rate", low=0)
+    cooldown: float = flag(0.4, "last share of the steps, of falling learning rate", low=0, high=1)
+    weight_decay: float = flag(0.0, "AdamW's", low=0)
+    max_norm: float = flag(1.0, "gradients longer than this are shortened to it", low=1e-6)
+    ema: float = flag(0.999, "decay of the averaged weights", low=0, high=1)
+    accumulate: int = flag(1, "parts of a process's batch, one after the other: less memory", low=1)
+    patience: int = flag(10, "steps in a row with a gradient that is not finite, before the run stops", low=1)
+
+    out: str = flag("", "the run's folder; runs/STAGE-DATA if not given", group="run")
+    seed: int = flag(0, "of data order, noise and starting values")
+    resume: bool = flag(False, "go on from the last checkpoint in --out")
+    log_every: int = flag(100, "steps", low=1)
+    sample_every: int = flag(0, "steps between preview pictures; 0: four times a run; -1: none", low=-1)
+    checkpoint_every: int = flag(500, "steps", low=1)
+    keep: int = flag(2, "how many checkpoints are kept, the last ones", low=1)
+
+    device: str = flag("auto", "auto, cpu, cuda, mps", group="hardware")
+    precision: str = flag("auto", "of products; auto: bf16 where it is faster", choices=PRECISIONS)
+    attention: str = flag("auto", "auto: fused on a GPU", choices=("auto", "fused", "written"))
+    compile: bool = flag(False, "torch.compile each block: on a GPU 1.5 times as fast, after a minute")
+    checkpointing: bool = flag(False, "keep each block's input alone: less memory, 1/3 slower")
+    shard: int = flag(0, "torchrun: neighbours that share one copy of the model; 0: all", low=0)
+    dry_run: str = flag("", "GPUS[,TFLOPS[,UTILISATION]]: print what the run needs on so many GPUs, and stop")
 
 
 # The paper's objective and optimizer (section 4; DiT's where it is silent).
 PAPER = dict(
-    image_size=256, optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear", target="noise", shift=1.0,
-    qk_norm=False, batch_size=256, steps=400_000, checkpoint_every=5000, log_every=100, one_frame=0, two_frames=0, four_frames=0,
-    own_timesteps=0.0,
-)  # fmt: skip
-STEPS = {"autoencoder": 1000, "image": 1200, "video": 1300}  # the demo's
-VIDEO = dict(batch_size=16)
-AUTOENCODER = dict(optimizer="muon", batch_size=16, lr=2e-3, cooldown=0.5)
-# What a model that starts from another (--init) has from it.
-INHERITED = ("schedule", "target", "learned_variance", "shift", "integration", "qk_norm", "text_depth", "latent_channels")
-CHOICES = dict(
-    precision=PRECISIONS,
-    optimizer=("adamw", "muon"), schedule=("linear", "cosine"), target=("noise", "velocity", "x0"), integration=("cross", "adaln")
-)  # fmt: skip
+    image_size=256, optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear",
+    target="noise", shift=1.0, qk_norm=False, batch_size=256, steps=400_000, checkpoint_every=5000,
+    frame_curriculum="0,0,0", own_timesteps=0.0,
+)
+# The demo's, where they differ from the defaults above.
+AUTOENCODER = dict(steps=1000, batch_size=16, lr=2e-3, cooldown=0.5)
+IMAGE = dict(steps=1200)
+VIDEO = dict(steps=1300, batch_size=16)
+
+# What a model that starts from another (--init) takes from it.
+INHERITED = (
+    "schedule", "target", "learned_variance", "shift", "integration", "qk_norm", "text_depth",
+    "latent_channels",
+)
 
 
-def read_flags(stage, arguments):
-    """Command line → Config. ValueError for a flag or value that makes no sense."""
-    given = Config()
-    defaults = dict(vars(given))
-    rest = parse_flags(given, arguments)
-    given.size = given.size.removesuffix("/2")  # the papers' name of the patch
-    if rest:
-        raise ValueError(f"{rest[0]!r} is not a flag; flags look like --size mini")
-    if given.size not in SIZES:
-        raise ValueError(f"--size {given.size}: not one of {', '.join(SIZES)}")
-    recipe = AUTOENCODER if stage == "autoencoder" else PAPER if given.size != "mini" else VIDEO if stage == "video" else {}
-    named = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-    config = Config(**defaults | recipe | {name: getattr(given, name) for name in named})
-    if config.cache and "data" not in named:
-        raise ValueError(f"--cache {config.cache}: name the pictures that it was made of too, by --data")
-    for field in INHERITED if config.init or stage == "video" else ():
-        if field in named:
-            raise ValueError(f"--{field.replace('_', '-')}: the run that --init names has its own, which stays")
+def read_flags(stage, arguments, sizes):
+    """Command line of a stage → Flags, with the recipe's values for what is not given. ValueError for a flag
+    or value that makes no sense."""
+    config, given, _ = read(Flags, arguments, f"python train.py {stage}", f"Trains the {stage} model.")
+    config.size = config.size.removesuffix("/2")  # the papers' name of the patch
+    if config.size not in sizes:
+        raise ValueError(f"--size {config.size}: not one of {', '.join(sizes)}")
+    recipe = {"autoencoder": AUTOENCODER, "image": IMAGE, "video": VIDEO}[stage]
+    if stage != "autoencoder" and config.size != "mini":
+        recipe = recipe | PAPER
+    for name, value in recipe.items():
+        if name not in given:
+            setattr(config, name, value)
     name = Path(config.data).name or "data"
-    config.steps = config.steps or STEPS[stage]
+    config.steps = config.steps or recipe["steps"]
     config.out = config.out or f"runs/{stage}-{name}"
     config.autoencoder = config.autoencoder or f"runs/autoencoder-{name}"
     if stage == "video":
         config.init = config.init or f"runs/image-{name}"
-    config.sample_every = config.sample_every or max(1, config.steps // 4)
-    for field, choices in CHOICES.items():
-        if getattr(config, field) not in choices:
-            raise ValueError(f"--{field} {getattr(config, field)}: not one of {', '.join(choices)}")
-    if config.image_size % 16 or config.image_size < 16:
+    if config.sample_every == 0:
+        config.sample_every = max(1, config.steps // 4)
+    if config.cache and "data" not in given:
+        raise ValueError(f"--cache {config.cache}: name the pictures that it was made of too, by --data")
+    for field in INHERITED if config.init else ():
+        if field in given:
+            raise ValueError(f"--{dashed(field)}: the run that --init names has its own, which stays")
+    if config.image_size % 16:
         raise ValueError(f"--image-size {config.image_size}: must be a multiple of 16")
-    if not 0 <= config.p_motion_free < 1:
-        raise ValueError(f"--p-motion-free {config.p_motion_free}: must be at least 0 and less than 1")
-    if not 0 <= config.own_timesteps <= 1:
-        raise ValueError(f"--own-timesteps {config.own_timesteps}: must be from 0 to 1")
-    if config.sample_every < -1:
-        raise ValueError(f"--sample-every {config.sample_every}: must be at least -1")
-    if config.shard < 0:
-        raise ValueError(f"--shard {config.shard}: must be at least 0")
-    if config.frames < 2:
-        raise ValueError(f"--frames {config.frames}: a clip has at least 2")
-    for field in ("batch_size", "steps", "fps", "log_every", "checkpoint_every", "latent_channels",
-                  "text_depth", "gpus", "keep", "patience", "accumulate"):  # fmt: skip
-        if getattr(config, field) < 1:
-            raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be at least 1")
+    numbers(config, "frame_curriculum", 3)
+    numbers(config, "dry_run", 1, 3)
+    for field in recipe:
+        check(config, field)
     device_of(config.device)
     return config
+
+
+def numbers(config, name, least, most=None):
+    """The numbers of a flag like "100,100,800", a list. ValueError if they are none, or not so many."""
+    text = getattr(config, name)
+    try:
+        found = [float(part) if "." in part else int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        found = [-1]
+    if text and not least <= len(found) <= (most or least) or any(number < 0 for number in found):
+        count = f"{least} to {most}" if most else least
+        raise ValueError(f"--{dashed(name)} {text}: must be {count} numbers with commas between")
+    return found

@@ -1,5 +1,5 @@
-"""The cache of encoded training data: the same numbers as encoding in every step, whole after any interruption, and refused
-where it does not fit."""
+"""The cache of encoded training data gives what encoding in every step gives, survives interruption, and is
+refused where it does not fit."""
 import json
 import os
 import shutil
@@ -14,14 +14,15 @@ from conftest import rounding
 from PIL import Image
 from oracles import clip, oracle, save, shake, t5
 
-from encoders import autoencoder as autoencoders
-from data import folder as data
-from data import latent_cache as latents
-from data import shapes
 import train
-from encoders import weights
+from common.figures import from_bytes
+from data import latent_cache, shapes
+from data.folder import Folder
 from data.latent_cache import LatentCache, check, fingerprint
-from pipeline import LOADERS, Pipeline, from_bytes
+from encoders import autoencoders, weights
+from encoders.autoencoder import Autoencoder, AutoencoderConfig
+from encoders.text import LOADERS
+from sample import Pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 COUNT = 10
@@ -35,7 +36,7 @@ def root(tmp_path_factory, byte_pairs):
     save(clip(), root / "clip", byte_pairs)
     save(t5(), root / "t5", byte_pairs)
     oracle((8, 16, 16, 16), layers=1, norm_num_groups=4, shift_factor=0.1).save_pretrained(root / "vae")
-    mini = shake(autoencoders.Autoencoder(autoencoders.AutoencoderConfig(4, 16)))
+    mini = shake(Autoencoder(AutoencoderConfig(4, 16)))
     (root / "mini").mkdir()
     write_mini(mini, root / "mini")
     (root / "data").mkdir()
@@ -55,9 +56,9 @@ def write_mini(model, folder):
 
 def encode(root, out, *flags, kind="vae", pictures="data"):
     """Runs the command; the flags may change its own. Returns the cache's folder."""
-    given = dict(data=root / pictures, autoencoder=root / kind, image_size=32, out=out, per_shard=4, batch_size=3, device="cpu")
-    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    latents.main([*words, *map(str, flags)])
+    words = ["--data", root / pictures, "--autoencoder", root / kind, "--image-size", 32, "--out", out,
+             "--per-shard", 4, "--batch-size", 3, "--device", "cpu", *flags]
+    latent_cache.main([str(word) for word in words])
     return Path(out)
 
 
@@ -83,22 +84,25 @@ def one_line(match, function, *arguments):
 
 
 def drawn(autoencoder, pictures, noise):
-    """What a step would encode, with the tolerance that the cache states, and what some twenty convolutions in sums of
-    16·3·3 may round otherwise in a batch of another size."""
+    """What a step would encode, and its tolerance: what the cache states, and what some twenty convolutions
+    in sums of 16·3·3 may round otherwise in a batch of another size."""
     mean, log_variance = autoencoder.moments(pictures)
     close = rounding(mean, sums=20 * 144)
     shift = autoencoder.shift.view(1, -1, 1, 1)
     spread = (0.5 * log_variance).exp() * noise
-    return (mean + spread - shift) / autoencoder.scale, (mean.abs() / 2048 + spread.abs() / 100 + close) / autoencoder.scale
+    tolerance = (mean.abs() / 2048 + spread.abs() / 100 + close) / autoencoder.scale
+    return (mean + spread - shift) / autoencoder.scale, tolerance
 
 
 @pytest.mark.rounding
 @pytest.mark.parametrize("kind", ["vae", "mini"])
 @torch.no_grad()
 def test_the_cache_gives_what_encoding_in_every_step_gives(root, tmp_path, kind):
-    cache, autoencoder = LatentCache(encode(root, tmp_path / "cache", kind=kind)), autoencoders.load(root / kind)
-    folder = data.Folder(root / "data", 32)
-    assert cache.captions == folder.captions and len(cache) == COUNT and (cache.group, cache.mirror) == (1, True)
+    cache = LatentCache(encode(root, tmp_path / "cache", kind=kind))
+    autoencoder = autoencoders.load(root / kind)
+    folder = Folder(root / "data", 32)
+    assert cache.captions == folder.captions
+    assert (len(cache), cache.group, cache.mirror) == (COUNT, 1, True)
     pictures = from_bytes(folder.pictures(range(COUNT)))
     order = torch.randperm(COUNT)
     noise = torch.randn(COUNT, *cache.shape)
@@ -131,7 +135,8 @@ def test_shapes_are_not_mirrored_and_keep_their_group(root, tmp_path, monkeypatc
     assert np.load(tmp_path / "cache/00000.moments.npy").shape == (4, 1, 2, 4, 4, 4)
     made = shapes.Shapes(32, seed=5)
     assert cache.captions == made.captions
-    expected, tolerance = drawn(autoencoders.load(root / "vae"), from_bytes(made.pictures(range(6))), torch.zeros(()))
+    pictures = from_bytes(made.pictures(range(6)))
+    expected, tolerance = drawn(autoencoders.load(root / "vae"), pictures, torch.zeros(()))
     for flips in (None, torch.ones(6, dtype=torch.long)):
         assert ((cache.read(range(6), flips) - expected).abs() <= tolerance).all()
     assert LatentCache(encode(root, tmp_path / "both", "--data", "shapes", "--mirror", "true")).mirror
@@ -152,41 +157,43 @@ def test_text_is_what_the_encoder_gives_at_tokens(root, whole, name):
     text, found = cache.text(order, name)
     assert text.dtype is torch.bfloat16 and torch.equal(found, mask) and len(set(mask.sum(1).tolist())) > 2
     expected = encoder(tokens, mask)
-    error = (text - expected)[mask].float().abs()  # other neighbours, other padding: the last bits of bf16 may differ
+    error = (text - expected)[mask].float().abs()  # with other padding the last bits of bf16 may differ
     assert error.max() <= 0.03 * expected.float().abs().max() and expected.float()[mask].std() > 0.1
     assert not text[~mask].any()
     rows = np.load(whole / f"00001.{name}.npy")
     offsets = np.load(whole / f"00001.{name}.offsets.npy")
-    assert rows.dtype == np.int16 and rows.shape == (sum(tokenizer(cache.captions[4:8])[1].sum(1)), encoder.config.width)
-    assert offsets.tolist() == [0, *tokenizer(cache.captions[4:8])[1].sum(1).cumsum(0).tolist()]
+    lengths = tokenizer(cache.captions[4:8])[1].sum(1)
+    assert rows.dtype == np.int16 and rows.shape == (sum(lengths), encoder.config.width)
+    assert offsets.dtype == np.int64 and offsets.tolist() == [0, *lengths.cumsum(0).tolist()]
     short = min(range(COUNT), key=lambda i: len(cache.captions[i]))
     assert cache.text([short], name)[1].all()  # alone it has no padding
 
 
 def test_an_interrupted_cache_goes_on_to_the_same_bytes(root, whole, tmp_path, monkeypatch):
-    out, put, written = tmp_path / "cache", latents.put, []
+    out, put, written = tmp_path / "cache", latent_cache.put, []
+    log = lambda path, content: (written.append(Path(path).name), put(path, content))
 
     def stops(path, content):
         written.append(Path(path).name)
         if Path(path).name == "00001.t5.npy":
-            Path(f"{path}.part").write_bytes(b"half")  # what a killed process leaves
+            (out / ".part-1-00001.t5.npy").write_bytes(b"half")  # what a killed process leaves
             raise KeyboardInterrupt
         put(path, content)
 
-    monkeypatch.setattr(latents, "put", stops)
+    monkeypatch.setattr(latent_cache, "put", stops)
     with pytest.raises(SystemExit) as stopped:
         encode(root, out, *text_flags(root))
     assert stopped.value.code == 130
     assert (out / "00000.captions.jsonl").exists() and (out / "00001.moments.npy").exists()
-    one_line("cache: cache.json is missing: encode again to finish", LatentCache, out)
+    one_line("cache: there is no cache, or it is not finished: encode again to finish", LatentCache, out)
     written.clear()
-    monkeypatch.setattr(latents, "put", lambda path, content: (written.append(Path(path).name), put(path, content)))
+    monkeypatch.setattr(latent_cache, "put", log)
     encode(root, out, *text_flags(root))
     assert not any(name.startswith("00000") for name in written) and "00001.moments.npy" in written
-    assert bytes_of(out) == bytes_of(whole) and not any(name.endswith(".part") for name in bytes_of(out))
+    assert bytes_of(out) == bytes_of(whole) and not any("part" in name for name in bytes_of(out))
     written.clear()
     encode(root, out, *text_flags(root))  # nothing is left to do
-    assert written == ["begun.json", "cache.json"] and bytes_of(out) == bytes_of(whole)
+    assert written == ["cache.json", "cache.json"] and bytes_of(out) == bytes_of(whole)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -196,11 +203,13 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "save", breaks)
     with pytest.raises(OSError, match="No space left"):
-        latents.put(tmp_path / "x.npy", np.zeros(3))
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npy.part"]
+        latent_cache.put(tmp_path / "x.npy", np.zeros(3))
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["00001.moments.npy", "00002.t5.npy", "00000.clip.offsets.npy", "00001.captions.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["00001.moments.npy", "00002.t5.npy", "00000.clip.offsets.npy", "00001.captions.jsonl"]
+)
 @pytest.mark.parametrize("keep", [None, 0, 0.5, 0.99])
 def test_a_file_that_is_missing_or_cut_is_named_and_mended(root, whole, tmp_path, name, keep):
     folder = Path(shutil.copytree(whole, tmp_path / "cache"))
@@ -219,32 +228,36 @@ def test_a_cache_of_other_weights_is_refused_by_name(root, whole):
     cache = LatentCache(whole)
     autoencoder = autoencoders.load(root / "vae")
     encoders = {name: LOADERS[name](root / name, torch.bfloat16) for name in LOADERS}
+    refused = lambda match, size=32: one_line(match, check, cache, size, autoencoder, encoders)
     check(cache, 32, autoencoder, encoders)
     check(cache, 32, autoencoder, {})
-    assert str(whole) in one_line("holds pictures of 32 pixels each way, not 64", check, cache, 64, autoencoder, encoders)
+    assert str(whole) in refused("holds pictures of 32 pixels each way, not 64", 64)
     for name, module in (("autoencoder", autoencoder), *((name, encoders[name][1]) for name in encoders)):
         weight = list(module.parameters())[-1].view(-1)[:1]
         before = weight.clone()
         weight += 0.5
-        assert str(whole) in one_line(f"was made with another {name}: ", check, cache, 32, autoencoder, encoders)
+        assert str(whole) in refused(f"was made with another {name}: ")
         weight.copy_(before)
         check(cache, 32, autoencoder, encoders)
+    encoders["t5"][0].model += b"x"
+    refused("was made with another t5")
     encoders["clip"][0].pairs.vocabulary["new"] = 7
-    one_line("was made with another clip", check, cache, 32, autoencoder, encoders)
+    refused("was made with another clip")
     autoencoder.config.scaling_factor *= 2
     one_line("was made with another autoencoder", check, cache, 32, autoencoder, {})
 
 
 def test_the_text_that_a_cache_lacks_is_named(root, tmp_path):
     cache = LatentCache(encode(root, tmp_path / "cache", "--text", "--t5", root / "t5"))
-    clips = LOADERS["clip"](root / "clip", torch.bfloat16)
-    autoencoder = autoencoders.load(root / "vae")
-    one_line("holds no text of clip: encode with --text --clip DIR", check, cache, 32, autoencoder, dict(clip=clips))
+    encoders = dict(clip=LOADERS["clip"](root / "clip", torch.bfloat16))
+    message = "holds no text of clip: encode with --text --clip DIR"
+    one_line(message, check, cache, 32, autoencoders.load(root / "vae"), encoders)
 
 
 def test_a_published_folder_and_a_run_made_with_it_have_one_fingerprint(root, tmp_path):
-    flags = ["--autoencoder", root / "vae", "--clip", root / "clip", "--out", tmp_path, "--data", root / "data"]
-    train.main(["image", *map(str, flags), "--steps", "1", "--batch-size", "2", "--image-size", "32"])
+    flags = ["--autoencoder", root / "vae", "--clip", root / "clip", "--out", tmp_path,
+             "--data", root / "data", "--steps", 1, "--batch-size", 2, "--image-size", 32]
+    train.main(["image", *map(str, flags)])
     model = Pipeline.load(tmp_path)
     assert fingerprint(model.autoencoder) == fingerprint(autoencoders.load(root / "vae"))
     tokenizer, encoder = LOADERS["clip"](root / "clip", torch.bfloat16)
@@ -264,13 +277,15 @@ def test_a_fingerprint_is_of_names_and_values_and_not_of_their_layout(root):
 
 @pytest.mark.parametrize("text", [False, True])
 def test_the_estimate_is_what_the_disk_holds(root, tmp_path, monkeypatch, capsys, text):
-    told, check_room = [], latents.check_room
-    monkeypatch.setattr(latents, "check_room", lambda *given: (told.append(sum(given[-1].values())), check_room(*given)))
+    told, check_room = [], latent_cache.check_room
+    log = lambda *given: (told.append(sum(given[-1].values())), check_room(*given))
+    monkeypatch.setattr(latent_cache, "check_room", log)
     out = encode(root, tmp_path / "cache", "--image-size", 128, *(text_flags(root) if text else []))
     held = sum(map(len, bytes_of(out).values()))
     assert told == [pytest.approx(held, rel=0.02)] and held > 80_000
     printed = capsys.readouterr().out.splitlines()[0]
-    assert printed.startswith(f"{out}: 0.000 GiB in all (latents 0.000 GiB") and "of which 0.000 GiB are there" in printed
+    assert printed.startswith(f"{out}: 0.000 GiB in all (latents 0.000 GiB")
+    assert "of which 0.000 GiB are there" in printed
     tokens = LOADERS["t5"](root / "t5")[0](LatentCache(out).captions)[1].sum(1).float().mean()
     assert (f"t5 at {tokens:.1f} tokens a caption" in printed) == text
 
@@ -281,7 +296,7 @@ def test_the_estimate_of_a_large_cache(root, count):
     settings = dict(per_shard=400, mirror=True, shape=[8, 64, 64])
     encoders = dict(t5=LOADERS["t5"](root / "t5", torch.bfloat16))
     captions = ["a red circle" if i % 4 else "a red circle above a blue square" for i in range(count)]
-    sizes = latents.estimate(settings, range(count), captions, encoders)
+    sizes = latent_cache.estimate(settings, range(count), captions, encoders)
     tokens = encoders["t5"][0](captions)[1].sum().item()
     assert sizes["latents"] == pytest.approx(count * 262_144, rel=0.001)
     (name,) = (name for name in sizes if name.startswith("t5 at "))
@@ -291,8 +306,8 @@ def test_the_estimate_of_a_large_cache(root, count):
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(root, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
-    flags = "--image-size", 1600
-    one_line("--out .*cache: needs 0.012 GiB more, and its disk has 0.002 GiB free", encode, root, tmp_path / "cache", *flags)
+    message = "--out .*cache: needs 0.012 GiB more, and its disk has 0.002 GiB free"
+    one_line(message, encode, root, tmp_path / "cache", "--image-size", 1600)
     assert not (tmp_path / "cache").exists()
     encode(root, tmp_path / "cache")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
@@ -302,9 +317,10 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(root, tmp_p
 def test_a_folder_that_holds_something_else_is_left_alone(root, whole, tmp_path):
     before = bytes_of(whole)
     for flags, name in (
-        (("--image-size", 64), "image size"), (("--mirror", "false"), "mirror"), (("--per-shard", 5), "per shard"),
-        (("--autoencoder", root / "mini"), "autoencoder"), (("--data", "shapes"), "data"),
-    ):  # fmt: skip
+        (("--image-size", 64), "image size"), (("--mirror", "false"), "mirror"),
+        (("--per-shard", 5), "per shard"), (("--autoencoder", root / "mini"), "autoencoder"),
+        (("--data", "shapes"), "data"),
+    ):
         one_line(f"holds a cache with another {name}", encode, root, whole, *text_flags(root), *flags)
     one_line("holds a cache with another text", encode, root, whole)
     assert bytes_of(whole) == before
@@ -326,9 +342,9 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(root, tmp_path, cap
     (pictures / "z.txt").write_text("é" * 300)
     out = encode(root, tmp_path / "cache", "--per-shard", 3, *text_flags(root), pictures=pictures)
     printed = capsys.readouterr().out
-    expected = data.Folder(pictures, 32)
+    expected = Folder(pictures, 32)
     cache = LatentCache(out)
-    assert cache.captions == expected.captions and len(cache) == 3 and cache.counts == [2, 0, 1]
+    assert cache.captions == expected.captions and len(cache) == 3 and cache.settings["counts"] == [2, 0, 1]
     assert "8 of 11 files were left out" in printed
     for path, reason in expected.skipped:
         assert f"{Path(path).name}: {reason}" in printed
@@ -356,12 +372,13 @@ def test_flags_that_make_no_sense(root, tmp_path):
     out = tmp_path / "cache"
     for flags, message in (
         (("--image-size", 40), "--image-size 40: must be a multiple of 16"),
-        (("--mirror", "yes"), "--mirror yes: not true or false"),
+        (("--image-size", 0), "--image-size 0: must be a multiple of 16"),
+        (("--mirror", "yes"), "--mirror yes: not one of auto, true, false"),
         (("--text",), "it goes with --clip DIR"),
         (("--t5", root / "t5"), "it goes with --clip DIR"),
         (("--text", "--t5", root / "clip"), "not t5"),
         (("--autoencoder", tmp_path), "no model.safetensors there"),
-        (("--per-shard", 0), "must be at least 1"),
+        (("--per-shard", 0), "--per-shard 0: must be at least 1"),
         (("--shard", 1), "did you mean --per-shard"),
         (("--out", ""), "--out CACHE: say"),
         (("x",), "'x' is not a flag"),
@@ -371,9 +388,14 @@ def test_flags_that_make_no_sense(root, tmp_path):
 
 
 def test_the_command(root, tmp_path):
-    run = lambda *words: subprocess.run([sys.executable, "-m", "data.latent_cache", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    def command(*words):
+        words = [sys.executable, "-m", "data.latent_cache", *map(str, words)]
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
     out = tmp_path / "cache"
-    done = run("--data", root / "data", "--autoencoder", root / "mini", "--image-size", 32, "--out", out)
-    assert done.returncode == 0 and f"10 pictures of 32×32 → {out}" in done.stdout and len(LatentCache(out)) == COUNT
-    failed = run("--data", root / "gone", "--autoencoder", root / "mini", "--out", out)
-    assert failed.returncode == 1 and failed.stderr.startswith("latent_cache.py: --data") and failed.stderr.count("\n") == 1
+    done = command("--data", root / "data", "--autoencoder", root / "mini", "--image-size", 32, "--out", out)
+    assert done.returncode == 0 and f"10 pictures of 32×32 → {out}" in done.stdout
+    assert len(LatentCache(out)) == COUNT
+    failed = command("--data", root / "gone", "--autoencoder", root / "mini", "--out", out)
+    assert failed.returncode == 1 and failed.stderr.startswith("latent_cache.py: --data")
+    assert failed.stderr.count("\n") == 1

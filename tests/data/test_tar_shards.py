@@ -12,9 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import folder as data
-from training import loop
-from data import tar_shards as shards
+from data import folder, tar_shards
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -47,9 +45,10 @@ def make(folder, counts):
     folder.mkdir(exist_ok=True)
     number = 0
     for shard, count in enumerate(counts):
-        pack(folder / f"{shard:03d}.tar", sum((sample(f"{i:06d}", i) for i in range(number, number + count)), []))
+        files = sum((sample(f"{i:06d}", i) for i in range(number, number + count)), [])
+        pack(folder / f"{shard:03d}.tar", files)
         number += count
-    return shards.TarShards(folder, 8)
+    return tar_shards.TarShards(folder, 8)
 
 
 def numbers(pictures, captions):
@@ -63,32 +62,35 @@ def reasons(dataset):
     return {name.rsplit(": ", 1)[1]: reason for name, reason in dataset.skipped if ": " in name}
 
 
-# ---------------------------------------------------------------------------------------------------------- the order
+# ------------------------------------------------------------------------------------------------- the order
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_sample_once_an_epoch_for_any_ranks_and_workers(tmp_path, world, workers):
-    dataset = make(tmp_path / "shards", [5, 1, 9, 4, 6, 3, 7, 2, 4, 6])  # 47 samples, batches of 6: never even
+    dataset = make(tmp_path / "shards", [5, 1, 9, 4, 6, 3, 7, 2, 4, 6])  # 47 samples in batches of 6
     rows = []
     for rank in range(world):
         indices = functools.partial(dataset.indices_of, batch_size=6, seed=1, rank=rank, world=world)
-        part = list(shards.batches(dataset, range(16), indices, workers))
-        assert all(x.shape == (6 // world, 3, 8, 8) and x.dtype == torch.uint8 and not bad for x, _, bad in part)
+        part = list(tar_shards.batches(dataset, range(16), indices, workers))
+        assert all(x.shape == (6 // world, 3, 8, 8) and x.dtype == torch.uint8 for x, _, _ in part)
+        assert not any(bad for _, _, bad in part)
         rows.append([numbers(x, captions) for x, captions, _ in part])
     together = sum((sum(step, []) for step in zip(*rows)), [])
     assert len(together) == 96
-    assert sorted(together[:47]) == sorted(together[47:94]) == list(range(47)) and together[:47] != together[47:94]
-    assert together == sum((dataset.indices_of(step, 6, 1).tolist() for step in range(16)), [])  # as for one process
+    assert sorted(together[:47]) == sorted(together[47:94]) == list(range(47))
+    assert together[:47] != together[47:94]
+    alone = (dataset.indices_of(step, 6, 1).tolist() for step in range(16))
+    assert together == sum(alone, [])
 
 
 def test_a_run_resumed_in_mid_epoch_goes_on_at_the_next_sample(tmp_path):
     dataset = make(tmp_path / "shards", [5, 8, 6])
     indices = lambda step: dataset.indices_of(step, 4, seed=3)
-    whole = [captions for _, captions, _ in shards.batches(dataset, range(12), indices)]
-    fresh = shards.TarShards(tmp_path / "shards", 8)
+    whole = [captions for _, captions, _ in tar_shards.batches(dataset, range(12), indices)]
+    fresh = tar_shards.TarShards(tmp_path / "shards", 8)
     again = functools.partial(fresh.indices_of, batch_size=4, seed=3)
-    rest = [captions for _, captions, _ in shards.batches(fresh, range(3, 12), again, 1)]
+    rest = [captions for _, captions, _ in tar_shards.batches(fresh, range(3, 12), again, 1)]
     assert whole[3:] == rest
     row = sum(whole[:3] + rest, [])
     assert len(set(row[:19])) == len(set(row[19:38])) == 19
@@ -101,13 +103,13 @@ def test_the_order_is_a_permutation_with_locality(tmp_path):
     assert (first == second).float().mean() < 0.1 and (first == dataset.order(1, 0)).float().mean() < 0.1
     assert torch.equal(first, dataset.order(0, 0)) and first.dtype == torch.int64
     for order in (first, second):
-        in_use = [order[i : i + 24].div(6, rounding_mode="floor").unique().numel() for i in range(0, 240 - 24)]
-        assert max(in_use) <= 2 * shards.WINDOW and min(in_use[::48]) > 4  # few files, but more than one after another
+        in_use = [(order[i : i + 24] // 6).unique().numel() for i in range(0, 240 - 24)]
+        assert max(in_use) <= 2 * tar_shards.WINDOW and min(in_use[::48]) > 4  # few files, but several
         neighbours = (order[1:] - order[:-1]).abs() == 1
         assert neighbours.float().mean() < 0.2
-    windows = first.div(6, rounding_mode="floor").view(-1, 6 * shards.WINDOW)
-    assert all(len(window.unique()) == shards.WINDOW for window in windows)
-    assert windows[0].unique().diff().max() > 1  # and not those that stand side by side
+    windows = (first // 6).view(-1, 6 * tar_shards.WINDOW)
+    assert all(len(window.unique()) == tar_shards.WINDOW for window in windows)
+    assert windows[0].unique().diff().max() > 1  # and not neighbouring shards
 
 
 def test_a_batch_larger_than_the_data_and_one_that_cannot_be_shared(tmp_path):
@@ -127,13 +129,13 @@ def test_reading_ahead_works_for_data_in_memory_and_leaves_the_random_state_alon
     state = torch.get_rng_state()
     found = {}
     for workers in (0, 2):
-        indices = functools.partial(loop.batch_indices, count=10, batch_size=4, seed=0)
-        found[workers] = [(x.tolist(), captions) for x, captions, _ in shards.batches(Memory(), range(2, 9), indices, workers)]
-    assert found[0] == found[2] and len(found[0]) == 7
+        steps = tar_shards.batches(Memory(), range(2, 9), lambda step: torch.arange(4) + step, workers)
+        found[workers] = [(x.tolist(), captions) for x, captions, _ in steps]
+    assert found[0] == found[2] and len(found[0]) == 7 and found[0][0][0] == [[2], [3], [4], [5]]
     assert torch.equal(state, torch.get_rng_state())
 
 
-# ---------------------------------------------------------------------------------------------------------- what is in a tar
+# ------------------------------------------------------------------------------------------ what is in a tar
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -142,7 +144,7 @@ def test_the_index_says_what_tarfile_reads(tmp_path, kind):
     stems = ["a", "./b", "folder/c", "p" * 90 + "/" + "q" * 60, "schlüssel"]
     stems += ["r" * 300, "ключ/画像 é"] if kind != "ustar" else []
     pack(tmp_path / "x.tar", sum((sample(stem, i) for i, stem in enumerate(stems)), []), kind)
-    dataset = shards.TarShards(tmp_path, 8)
+    dataset = tar_shards.TarShards(tmp_path, 8)
     assert not dataset.skipped and len(dataset) == len(stems)
     assert json.loads(dataset.texts[0])["keys"] == [stem.removeprefix("./") for stem in stems]
     raw = (tmp_path / "x.tar").read_bytes()
@@ -163,7 +165,7 @@ def test_tars_of_the_program_tar(tmp_path, kind):
         for name, raw in sample(stem, i):
             (source / name).write_bytes(raw)
     subprocess.run(["tar", f"--format={kind}", "-cf", tmp_path / "x.tar", "-C", source, "."], check=True)
-    dataset = shards.TarShards(tmp_path, 8)
+    dataset = tar_shards.TarShards(tmp_path, 8)
     assert not dataset.skipped
     assert sorted(numbers(*dataset.read(range(4)))) == [0, 1, 2, 3]
     assert set(json.loads(dataset.texts[0])["keys"]) == set(stems)
@@ -177,32 +179,38 @@ def link(name, kind, target="/etc/passwd"):
 
 def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
     files = [
-        *sample("good", 1), ("kid.jpg", picture(0, kind="JPEG")), ("kid.json", b'{"caption": " of  JSON ", "id": 7}'),
-        *sample("both", 2), ("both.json", b'{"caption": "not this"}'), ("UPPER.PNG", picture(3)), ("UPPER.TXT", b"number 3"),
-        ("silent.png", picture(0)), ("alone.txt", b"a caption"), ("empty.png", picture(0)), ("empty.txt", b" \n"),
-        ("latin.png", picture(0)), ("latin.txt", "Äpfel".encode("latin-1")),
-        ("odd.png", picture(0)), ("odd.json", b'{"caption": 3}'),
-        ("half.png", picture(0)), ("half.json", b'{"caption": "\\ud83d"}'), ("list.png", picture(0)), ("list.json", b"[1, 2"),
-        ("good.cls", b"7"), ("both.cls", b"7"), ("scan.tiff", b"II*"), ("._good.png", b"a Mac was here"), ("README", b"hello"),
-        *sample("good", 9), ("good.webp", picture(9, kind="WEBP")),
+        *sample("good", 1), ("kid.jpg", picture(0, kind="JPEG")),
+        ("kid.json", b'{"caption": " of  JSON ", "id": 7}'), *sample("both", 2),
+        ("both.json", b'{"caption": "not this"}'),
+        ("UPPER.PNG", picture(3)), ("UPPER.TXT", b"number 3"), ("silent.png", picture(0)),
+        ("alone.txt", b"a caption"),
+        ("empty.png", picture(0)), ("empty.txt", b" \n"), ("latin.png", picture(0)),
+        ("latin.txt", "Äpfel".encode("latin-1")), ("odd.png", picture(0)), ("odd.json", b'{"caption": 3}'),
+        ("half.png", picture(0)), ("half.json", b'{"caption": "\\ud83d"}'),
+        ("list.png", picture(0)), ("list.json", b"[1, 2"),
+        ("good.cls", b"7"), ("both.cls", b"7"), ("scan.tiff", b"II*"), ("._good.png", b"a Mac was here"),
+        ("README", b"hello"), *sample("good", 9), ("good.webp", picture(9, kind="WEBP")),
         *sample("/absolute"), *sample("a/../../up"), *sample("line\nbreak"),
-        link("soft.png", tarfile.SYMTYPE), link("soft.txt", tarfile.SYMTYPE), link("hard.png", tarfile.LNKTYPE, "good.png"),
-        link("device.png", tarfile.CHRTYPE), link("pipe.png", tarfile.FIFOTYPE),
-        link("folder.png", tarfile.DIRTYPE),
-    ]  # fmt: skip
+        link("soft.png", tarfile.SYMTYPE), link("soft.txt", tarfile.SYMTYPE),
+        link("hard.png", tarfile.LNKTYPE, "good.png"), link("device.png", tarfile.CHRTYPE),
+        link("pipe.png", tarfile.FIFOTYPE), link("folder.png", tarfile.DIRTYPE),
+    ]
     pack(tmp_path / "x.tar", files)
     before = sorted(tmp_path.rglob("*"))
-    dataset = shards.TarShards(tmp_path, 8)
+    dataset = tar_shards.TarShards(tmp_path, 8)
     assert dataset.read(range(len(dataset)))[1] == ["number 1", "of JSON", "number 2", "number 3"]
-    assert sorted(set(tmp_path.rglob("*")) - set(before)) == [tmp_path / "x.tar.pictures.index"]  # nothing is unpacked
+    new = set(tmp_path.rglob("*")) - set(before)
+    assert new == {tmp_path / "x.tar.pictures.index"}  # nothing is unpacked
     expected = {
-        "silent": "no caption", "alone": "no picture", "empty": "is empty", "latin": "not UTF-8", "odd": "the .json is not",
-        "half": "not UTF-8", "list": "the .json is not", "*.cls": "2 of an unknown extension", "*.tiff": "1 of an unknown",
-        "*._good.png": "1 of", "*.": "1 of", "good.png": "has such a file", "good.txt": "already", "good.webp": "already",
-        "/absolute.png": "absolute", "/absolute.txt": "absolute", "a/../../up.png": "..", "a/../../up.txt": "..",
-        "line\nbreak.png": "control", "line\nbreak.txt": "control", "soft.png": "link", "soft.txt": "link", "hard.png": "link",
-        "device.png": "device", "pipe.png": "device",
-    }  # fmt: skip
+        "silent": "no caption", "alone": "no picture", "empty": "is empty", "latin": "not UTF-8",
+        "odd": "the .json is not", "half": "not UTF-8", "list": "the .json is not",
+        "*.cls": "2 of an unknown extension", "*.tiff": "1 of an unknown", "*._good.png": "1 of",
+        "*.": "1 of", "good.png": "has such a file", "good.txt": "already", "good.webp": "already",
+        "/absolute.png": "absolute", "/absolute.txt": "absolute", "a/../../up.png": "..",
+        "a/../../up.txt": "..", "line\nbreak.png": "control", "line\nbreak.txt": "control",
+        "soft.png": "link", "soft.txt": "link",
+        "hard.png": "link", "device.png": "device", "pipe.png": "device",
+    }
     found = reasons(dataset)
     assert set(found) == set(expected)
     for name, words in expected.items():
@@ -210,35 +218,37 @@ def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
 
 
 def test_damaged_tars_are_used_up_to_the_damage(tmp_path):
-    """Cut at every 512th byte and a few more, and with rubbish in a header: the samples before that, and a word about it."""
+    """Cut at every 512th byte and a few more, and with a garbled header: what is before it is used."""
     pack(tmp_path / "whole.tar", sum((sample(f"{i}", i) for i in range(4)), []), "gnu")
     raw = (tmp_path / "whole.tar").read_bytes()
-    rows = shards.TarShards(tmp_path, 8).rows
+    rows = tar_shards.TarShards(tmp_path, 8).rows
     path = tmp_path / "cut" / "x.tar"
     path.parent.mkdir()
     for cut in sorted({*range(0, len(raw) - 2048, 512), *range(100, 5000, 701), rows[3, 2] + 3}):
         path.write_bytes(raw[:cut])
         whole = int((rows[:, 2] + rows[:, 3] <= cut).sum())
-        _, keys, skipped = shards.scan(path, data.PICTURES)
+        _, keys, skipped = tar_shards.scan(path, folder.PICTURES)
         assert keys == ["0", "1", "2", "3"][:whole], cut
         if cut < rows[3, 2] + 512:
-            assert ("cut short" in skipped[0][1] or cut < 512 and "not a tar file" in skipped[0][1]) and skipped[0][0] == ""
+            name, reason = skipped[0]
+            assert name == "" and ("cut short" in reason or cut < 512 and "not a tar file" in reason)
     start = int(rows[2, 0]) - 512
     for rubbish in (b"\xff" * 512, b"A" * 100 + raw[start + 100 : start + 512]):
         path.write_bytes(raw[:start] + rubbish + raw[start + 512 :])
-        _, keys, skipped = shards.scan(path, data.PICTURES)
+        _, keys, skipped = tar_shards.scan(path, folder.PICTURES)
         assert keys == ["0", "1"] and "damaged" in skipped[0][1]
 
 
 def test_a_size_below_zero_does_not_go_in_circles(tmp_path):
     pack(tmp_path / "x.tar", sample("a") + sample("b"), "gnu")
     raw = bytearray((tmp_path / "x.tar").read_bytes())
-    start = int(shards.TarShards(tmp_path, 8).rows[1, 0]) - 512
-    raw[start + 124 : start + 136] = b"\xff" * 4 + (-1536).to_bytes(8, "big", signed=True)  # GNU's base 256: back to a.txt
+    start = int(tar_shards.TarShards(tmp_path, 8).rows[1, 0]) - 512
+    back = (-1536).to_bytes(8, "big", signed=True)  # in GNU's base 256: to a.txt
+    raw[start + 124 : start + 136] = b"\xff" * 4 + back
     raw[start + 148 : start + 156] = b" " * 8
     raw[start + 148 : start + 156] = b"%06o\0 " % sum(raw[start : start + 512])
     (tmp_path / "x.tar").write_bytes(raw)
-    dataset = shards.TarShards(tmp_path, 8)
+    dataset = tar_shards.TarShards(tmp_path, 8)
     assert len(dataset) == 1 and any("damaged" in reason for _, reason in dataset.skipped)
 
 
@@ -249,31 +259,32 @@ def test_files_that_are_no_tars_beside_one_that_is(tmp_path):
     (tmp_path / "picture.tar").write_bytes(picture(1, 200))
     with tarfile.open(tmp_path / "gzip.tar", "w:gz"):
         pass
-    dataset = shards.TarShards(tmp_path, 8)
+    dataset = tar_shards.TarShards(tmp_path, 8)
     assert numbers(*dataset.read([0])) == [1]
     found = {os.path.basename(name): reason for name, reason in dataset.skipped}
-    assert set(found) == {"zero.tar", "empty.tar", "picture.tar", "gzip.tar"} and found["empty.tar"] == "an empty tar"
+    assert set(found) == {"zero.tar", "empty.tar", "picture.tar", "gzip.tar"}
+    assert found["empty.tar"] == "an empty tar"
     assert all("not a tar file" in found[name] for name in ("zero.tar", "picture.tar", "gzip.tar"))
 
 
 def test_nothing_to_read(tmp_path):
-    for name, words in (("gone", "there is no such folder or .tar"), ("", "no .tar in it"), ("0*.tar", "or .tar")):
+    names = {"gone": "there is no such folder or .tar", "": "no .tar in it", "0*.tar": "or .tar"}
+    for name, words in names.items():
         with pytest.raises(ValueError, match=words) as error:
-            shards.TarShards(tmp_path / name)
+            tar_shards.TarShards(tmp_path / name)
         assert "\n" not in str(error.value)
     pack(tmp_path / "x.tar", [("a.png", picture(1))])
     with pytest.raises(ValueError, match=r"no usable sample(.|\n)*x.tar: a: no caption"):
-        shards.TarShards(tmp_path)
+        tar_shards.TarShards(tmp_path)
 
 
 def test_a_pattern_names_some_of_the_tars_and_a_folder_may_have_its_signs(tmp_path):
-    folder = tmp_path / "a[1]"
-    make(folder, [2, 3, 4])
-    assert len(shards.TarShards(folder)) == 9
-    assert len(shards.TarShards(str(tmp_path / "a*" / "00[01].tar"))) == 5
+    make(tmp_path / "a[1]", [2, 3, 4])
+    assert len(tar_shards.TarShards(tmp_path / "a[1]")) == 9
+    assert len(tar_shards.TarShards(str(tmp_path / "a*" / "00[01].tar"))) == 5
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------- reading
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -283,21 +294,20 @@ def test_a_damaged_picture_gives_its_place_to_the_next_one(tmp_path, workers):
         files[2 * i] = (files[2 * i][0], files[2 * i][1][:50])
     pack(tmp_path / "0.tar", files)
     pack(tmp_path / "1.tar", sample("last", 6))
-    dataset = shards.TarShards(tmp_path, 8)
-    assert len(dataset) == 7 and not dataset.skipped and dataset.report() == []
+    dataset = tar_shards.TarShards(tmp_path, 8)
+    assert len(dataset) == 7 and not dataset.skipped
     steps = [[0, 1], [2, 3], [1, 4], [5, 6]]
-    found = list(shards.batches(dataset, range(4), steps.__getitem__, workers))
+    found = list(tar_shards.batches(dataset, range(4), steps.__getitem__, workers))
     assert [numbers(x, captions) for x, captions, _ in found] == [[0, 3], [3, 3], [3, 4], [6, 6]]
-    assert set().union(*(bad for _, _, bad in found)) == {1, 2, 5}
-    assert {key for bad in dataset.damaged.values() for key in bad} == {"1", "2", "5"}
-    assert list(dataset.damaged) == [str(tmp_path / "0.tar")]
-    [line] = dataset.report()
-    assert "0.tar: 3 damaged" in line and "1: not a whole picture" in line and "\n" not in line
+    bad = {index: reason for _, _, some in found for index, reason in some.items()}
+    assert set(bad) == {1, 2, 5}
+    for index, reason in bad.items():  # in a line that names shard and key
+        assert reason.startswith(f"{tmp_path / '0.tar'}: {index}: not a whole picture") and "\n" not in reason
 
 
 def test_nothing_that_can_be_read_is_an_error_and_so_is_a_number_too_large(tmp_path):
     pack(tmp_path / "x.tar", [(name, raw[:40]) for name, raw in sample("a") + sample("b")])
-    dataset = shards.TarShards(tmp_path, 8)
+    dataset = tar_shards.TarShards(tmp_path, 8)
     with pytest.raises(ValueError, match="none of 2 samples can be read .*not a whole picture"):
         dataset.read([1])
     with pytest.raises(IndexError):
@@ -324,46 +334,51 @@ def test_clips(tmp_path):
     files = [("a.gif", clip("GIF")), ("a.txt", b"a moves"), ("b.webp", clip("WEBP")), ("b.txt", b"b moves")]
     files += [("c.webp", picture(0, kind="WEBP")), ("c.txt", b"c is a picture")]
     pack(tmp_path / "x.tar", files)
-    dataset = shards.TarShards(tmp_path, 24, frames=4, fps=4)
+    dataset = tar_shards.TarShards(tmp_path, 24, frames=4, fps=4)
     x, captions = dataset.read([0, 1, 2])
-    assert x.shape == (3, 4, 3, 24, 24) and x.dtype == torch.uint8 and captions == ["a moves", "b moves", "a moves"]
+    assert x.shape == (3, 4, 3, 24, 24) and x.dtype == torch.uint8
+    assert captions == ["a moves", "b moves", "a moves"]
     edges = [(frame[1, 8] < 128).int().argmax().item() for frame in x[1]]
     assert edges == [0, 4, 8, 12] and torch.equal(x[0], x[2])
-    assert "a single picture" in dataset.damaged[str(tmp_path / "x.tar")]["c"]
-    stills = shards.TarShards(tmp_path, 8)  # has an index of its own
+    assert dataset.bad[2].startswith(f"{tmp_path / 'x.tar'}: c: a single picture")
+    stills = tar_shards.TarShards(tmp_path, 8)  # has an index of its own
     assert len(stills) == 2 and reasons(stills)["*.gif"].startswith("1 of")
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the program ffmpeg is not installed")
 def test_films(tmp_path, monkeypatch):
     (tmp_path / "a.gif").write_bytes(clip("GIF"))
-    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "a.gif", "-pix_fmt", "yuv420p", tmp_path / "a.mp4"], check=True)
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.gif", "-pix_fmt", "yuv420p", tmp_path / "a.mp4"]
+    subprocess.run(command, check=True)
     pack(tmp_path / "x.tar", [("a.mp4", (tmp_path / "a.mp4").read_bytes()), ("a.txt", b"a film")])
-    x, captions = shards.TarShards(tmp_path, 24, frames=4).read([0, 0])
+    x, captions = tar_shards.TarShards(tmp_path, 24, frames=4).read([0, 0])
     assert x.shape == (2, 4, 3, 24, 24) and captions == ["a film"] * 2 and (x[0, 0] != x[0, 3]).any()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="install the program ffmpeg"):
-        shards.TarShards(tmp_path, 24, frames=4)
+        tar_shards.TarShards(tmp_path, 24, frames=4)
 
 
-# ---------------------------------------------------------------------------------------------------------- the index
+# ------------------------------------------------------------------------------------------------- the index
 
 
 def test_the_index_is_used_and_made_again_when_the_tar_changes(tmp_path, monkeypatch):
     make(tmp_path / "shards", [2, 2])
-    scanned, scan = [], shards.scan
-    monkeypatch.setattr(shards, "scan", lambda path, suffixes: scanned.append(path.name) or scan(path, suffixes))
-    assert len(shards.TarShards(tmp_path / "shards")) == 4 and scanned == []
+    scanned, scan = [], tar_shards.scan
+    logged = lambda path, suffixes: scanned.append(path.name) or scan(path, suffixes)
+    monkeypatch.setattr(tar_shards, "scan", logged)
+    assert len(tar_shards.TarShards(tmp_path / "shards")) == 4 and scanned == []
     path = tmp_path / "shards" / "001.tar"
     time = path.stat().st_mtime_ns
-    pack(path, sample("x", 1) + sample("y", 2) + sample("z", 3) + [("w.png", bytes(20_000))])  # tarfile rounds up to 10,240
+    filler = [("w.png", bytes(20_000))]  # tarfile rounds a tar's size up to a multiple of 10,240
+    pack(path, sample("x", 1) + sample("y", 2) + sample("z", 3) + filler)
     os.utime(path, ns=(time, time))  # another size alone
-    dataset = shards.TarShards(tmp_path / "shards", 8)
+    dataset = tar_shards.TarShards(tmp_path / "shards", 8)
     assert numbers(*dataset.read([2, 3, 4])) == [1, 2, 3] and scanned == ["001.tar"]
-    assert dataset.skipped == shards.TarShards(tmp_path / "shards").skipped != []
-    pack(path, sample("a", 4) + sample("b", 5) + sample("c", 6) + [("d.png", bytes(20_000))])
+    assert dataset.skipped == tar_shards.TarShards(tmp_path / "shards").skipped != []
+    pack(path, sample("a", 4) + sample("b", 5) + sample("c", 6) + filler)
     os.utime(path, ns=(time + 1, time + 1))  # another time alone
-    assert numbers(*shards.TarShards(tmp_path / "shards", 8).read([2, 3, 4])) == [4, 5, 6] and scanned == ["001.tar"] * 2
+    dataset = tar_shards.TarShards(tmp_path / "shards", 8)
+    assert numbers(*dataset.read([2, 3, 4])) == [4, 5, 6] and scanned == ["001.tar"] * 2
 
 
 def test_a_damaged_index_is_not_trusted(tmp_path):
@@ -378,15 +393,15 @@ def test_a_damaged_index_is_not_trusted(tmp_path):
         else:
             bad[rng.integers(len(raw))] ^= 1 << rng.integers(8)
         index.write_bytes(bad)
-        again = shards.TarShards(tmp_path / "shards", 8)
+        again = tar_shards.TarShards(tmp_path / "shards", 8)
         assert np.array_equal(again.rows, dataset.rows) and again.texts == dataset.texts, case
-    assert {path.name for path in index.parent.iterdir()} == {"000.tar", index.name}  # no temporary file is left
+    assert {path.name for path in index.parent.iterdir()} == {"000.tar", index.name}  # and nothing temporary
 
 
 def test_a_folder_that_cannot_be_written_will_do(tmp_path):
     pack(tmp_path / "x.tar", sample("a", 1))
     (tmp_path / "x.tar.pictures.index").mkdir()  # in the way of the index
-    assert numbers(*shards.TarShards(tmp_path, 8).read([0])) == [1]
+    assert numbers(*tar_shards.TarShards(tmp_path, 8).read([0])) == [1]
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -398,11 +413,11 @@ def test_an_index_that_is_written_in_part_is_never_seen(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    assert len(shards.TarShards(tmp_path, 8)) == 1
+    assert len(tar_shards.TarShards(tmp_path, 8)) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------- writing
 
 
 def test_a_folder_packed_gives_what_the_folder_gives(tmp_path, capsys):
@@ -417,27 +432,32 @@ def test_a_folder_packed_gives_what_the_folder_gives(tmp_path, capsys):
     (source / "1.5 apples.txt").write_text("one and a half")
     (source / "broken.png").write_bytes(b"no")
     (source / "broken.txt").write_text("broken")
-    shards.main([str(source), str(tmp_path / "out"), "--per-shard", "3"])
+    tar_shards.main([str(source), str(tmp_path / "out"), "--per-shard", "3"])
     said = capsys.readouterr().out
-    assert "8 pictures" in said and "1 left out" in said and "broken.png: not a whole picture" in said
-    folder, packed = data.Folder(source, 16), shards.TarShards(tmp_path / "out", 16)
-    assert [path.name for path in packed.paths] == ["00000.tar", "00001.tar", "00002.tar"] and not packed.skipped
+    assert "8 pictures" in said and "1 of 9 files were left out" in said
+    assert "broken.png: not a whole picture" in said
+    plain, packed = folder.Folder(source, 16), tar_shards.TarShards(tmp_path / "out", 16)
+    assert [path.name for path in packed.paths] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert not packed.skipped
     pictures, captions = packed.read(range(8))
-    assert captions == folder.captions and torch.equal(pictures, folder.pictures(range(8)))
-    for number, path in enumerate(sorted(p for p in source.iterdir() if p.suffix != ".txt" and p.stem != "broken")):
+    assert captions == plain.captions and torch.equal(pictures, plain.pictures(range(8)))
+    sources = sorted(path for path in source.iterdir() if path.suffix != ".txt" and path.stem != "broken")
+    for number, path in enumerate(sources):
         with tarfile.open(packed.paths[number // 3]) as tar:  # the very bytes
             assert tar.extractfile(f"{number:08d}{path.suffix.lower()}").read() == path.read_bytes()
     with pytest.raises(ValueError, match="has .tar files already"):
-        shards.main([str(source), str(tmp_path / "out")])
+        tar_shards.main([str(source), str(tmp_path / "out")])
     with pytest.raises(ValueError, match="no such folder"):
-        shards.main([str(tmp_path / "gone"), str(tmp_path / "new")])
+        tar_shards.main([str(tmp_path / "gone"), str(tmp_path / "new")])
     with pytest.raises(ValueError, match="--per-shard 0"):
-        shards.main([str(source), str(tmp_path / "new"), "--per-shard", "0"])
+        tar_shards.main([str(source), str(tmp_path / "new"), "--per-shard", "0"])
+    with pytest.raises(ValueError, match="give two folders"):
+        tar_shards.main([str(source)])
 
 
 def test_packing_that_is_stopped_leaves_no_half_tar(tmp_path):
     paths = [tmp_path / "a.png", tmp_path / "gone.png"]
     paths[0].write_bytes(picture(1))
     with pytest.raises(FileNotFoundError):
-        shards.write_shards(tmp_path / "out", paths, ["a", "b"], 2)
-    assert not list((tmp_path / "out").glob("*.tar"))
+        tar_shards.write_shards(tmp_path / "out", paths, ["a", "b"], 2)
+    assert not list((tmp_path / "out").iterdir())

@@ -8,8 +8,9 @@ from oracles import oracle, shake
 from torch._subclasses import FakeTensorMode
 
 from encoders import weights
-from encoders.autoencoder import Autoencoder, AutoencoderConfig, load
+from encoders.autoencoder import Autoencoder, AutoencoderConfig
 from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, fade, tile_starts
+from encoders.autoencoders import build, load
 
 PUBLISHED = (128, 256, 512, 512)
 TINY = {
@@ -17,7 +18,7 @@ TINY = {
     "four levels": dict(widths=(16, 32, 32, 32), norm_num_groups=8, latent_channels=16, use_quant_conv=False,
                         use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609),
     "as published": dict(widths=tuple(w // 8 for w in PUBLISHED), norm_num_groups=4),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def test_a_published_folder_gives_diffusers_own_numbers(tmp_path, name, safe):
     theirs.save_pretrained(tmp_path, safe_serialization=safe)
     assert len(list(tmp_path.iterdir())) == 2
     ours = load(tmp_path)
-    assert ours.factor == 2 ** (len(TINY[name]["widths"]) - 1) and ours.config.channels == theirs.config.latent_channels
+    assert ours.factor == 2 ** (len(TINY[name]["widths"]) - 1)
+    assert ours.config.channels == theirs.config.latent_channels
     pictures = torch.rand(2, 3, 48, 32) * 2 - 1
     posterior = theirs.encode(pictures).latent_dist
     mean, log_variance = ours.moments(pictures)
@@ -75,7 +77,8 @@ def test_log_variance_is_clamped_as_published():
     model.quant_conv.weight.zero_()
     model.quant_conv.bias.copy_(torch.tensor([-50.0, 50, -50, 50]))
     mean, log_variance = model.moments(torch.zeros(1, 3, 4, 4))
-    assert mean.amin() == -50 and mean.amax() == 50 and log_variance.amin() == -30 and log_variance.amax() == 20
+    assert mean.amin() == -50 and mean.amax() == 50
+    assert log_variance.amin() == -30 and log_variance.amax() == 20
 
 
 @pytest.mark.parametrize("convolutions", [False, True])
@@ -84,10 +87,12 @@ def test_the_attention_names_of_old_files(folder, convolutions):
     pictures = torch.rand(1, 3, 8, 8) * 2 - 1
     expected = load(folder).encode(pictures)
 
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
     def old(tensors):
         renamed = {}
         for name, tensor in tensors.items():
-            for new, then in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            for new, then in names.items():
                 if new in name:
                     name = name.replace(new, then)
                     tensor = tensor[..., None, None] if convolutions and tensor.ndim == 2 else tensor
@@ -101,12 +106,14 @@ def test_the_attention_names_of_old_files(folder, convolutions):
 
 def test_config_keys_that_old_files_lack(folder):
     config = json.loads((folder / "config.json").read_text())
-    for key in ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
+    numbers, layers = ("scaling_factor", "shift_factor"), ("use_quant_conv", "use_post_quant_conv")
+    for key in (*numbers, *layers, "mid_block_add_attention"):
         del config[key]
     (folder / "config.json").write_text(json.dumps(config))
     model = load(folder)
     torch.testing.assert_close(model.scale, torch.tensor([1 / 0.18215]))
-    assert model.shift.tolist() == [0] * 4 and {"quant_conv.weight", "post_quant_conv.weight"} < model.state_dict().keys()
+    assert model.shift.tolist() == [0] * 4
+    assert {"quant_conv.weight", "post_quant_conv.weight"} < model.state_dict().keys()
 
 
 def test_half_precision_files_become_fp32(folder):
@@ -119,7 +126,7 @@ def test_half_precision_files_become_fp32(folder):
     [
         (dict(_class_name="VQModel"), "is of a model of type 'VQModel', not AutoencoderKL"),
         (dict(act_fn="gelu"), "act_fn is 'gelu'"),
-        (dict(down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]), "down_block_types is .*Attn"),
+        (dict(down_block_types=["DownEncoderBlock2D", "AttnDown"]), "down_block_types is .*Attn"),
         (dict(up_block_types=["UpDecoderBlock2D"]), "up_block_types"),
         (dict(mid_block_add_attention=False), "mid_block_add_attention is False"),
         (dict(latents_mean=[0.0] * 4), "latents_mean"),
@@ -182,7 +189,8 @@ class Trap:
 
 def test_a_pickle_runs_nothing(folder):
     file = folder / "diffusion_pytorch_model.safetensors"
-    torch.save(weights.read(file)[0] | {"quant_conv.bias": Trap(str(folder / "made"))}, file.with_suffix(".bin"))
+    tensors = weights.read(file)[0] | {"quant_conv.bias": Trap(str(folder / "made"))}
+    torch.save(tensors, file.with_suffix(".bin"))
     file.unlink()
     one_line(folder, "not a file of tensors alone")
     assert not (folder / "made").exists()
@@ -198,6 +206,11 @@ def test_a_runs_folder_loads_as_before(tmp_path):
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("config", [AutoencoderConfig(4, 16), AutoencoderKLConfig(4, (8, 16), 1, 4)])
+def test_build_makes_the_kind_that_a_config_is_of(config):
+    assert build(vars(config)).config == config
+
+
 def test_the_published_size():
     with torch.device("meta"):
         ours = AutoencoderKL(AutoencoderKLConfig())
@@ -205,7 +218,7 @@ def test_the_published_size():
         theirs = diffusers.AutoencoderKL(
             block_out_channels=PUBLISHED, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
             up_block_types=["UpDecoderBlock2D"] * 4,
-        )  # fmt: skip
+        )
     shapes = lambda model: {name: tensor.shape for name, tensor in model.state_dict().items()}
     assert shapes(ours) == shapes(theirs) and sum(p.numel() for p in ours.parameters()) == 83_653_863
     latents = ours.encode(torch.zeros(3, 3, 512, 512, device="meta"))
@@ -214,7 +227,8 @@ def test_the_published_size():
 
 
 def test_the_forward_pass_on_a_gpu():
-    """With fake tensors, which have no values, and so need no GPU (slices of them do: tiles are tested on "meta" above)."""
+    """With fake tensors, which have no values, and so need no GPU (slices of them do: tiles are tested on
+    "meta" above)."""
     with torch.device("meta"):
         model = AutoencoderKL(AutoencoderKLConfig(4, (8, 16), 1, 4))
     with FakeTensorMode(), torch.no_grad():
@@ -241,7 +255,7 @@ def test_slices_equal_the_whole():
     assert near(model.encode(pictures), latents) and near(model.decode(latents), decoded)
     assert seen == [2, 2, 1, 2, 2, 1]
     seen.clear()
-    model.tile = 6  # fewer than a picture has: encoded whole, decoded in 2×2 tiles, one picture at a time all the same
+    model.tile = 6  # fewer than a picture has: encoded whole, decoded in 2×2 tiles, one picture at a time
     assert near(model.encode(pictures), latents)
     assert model.decode(latents).shape == decoded.shape and seen == [1] * 5 + [1] * 4 * 5
 
@@ -256,8 +270,8 @@ def test_tiles_cover_all_and_overlap_by_a_quarter():
 
 
 def step(x):
-    """The largest change from a pixel to the next but one, right or down (upsampling leaves a pattern of two pixels), not
-    counting the border of the picture, where padding shows."""
+    """The largest change from a pixel to the next but one, right or down (upsampling leaves a pattern of two
+    pixels), not counting the border of the picture, where padding shows."""
     x = x[..., 4:-4, 4:-4]
     return max((x[..., 2:, :] - x[..., :-2, :]).abs().max(), (x[..., 2:] - x[..., :-2]).abs().max())
 
@@ -277,16 +291,17 @@ def test_tiles_leave_no_seams():
 
 
 def test_tiles_of_other_colours_fade_into_each_other():
-    """A decoder that gives the mean of what it sees: from tile to tile the colour changes, in a straight line over the
-    quarter of a tile that two of them share, 4 positions or 8 pixels."""
+    """A decoder that gives the mean of what it sees: from tile to tile the colour changes, in a straight line
+    over the quarter of a tile that two of them share, 4 positions or 8 pixels."""
     model = AutoencoderKL(AutoencoderKLConfig(3, (8, 8), 1, 4, scaling_factor=1.0, post_quant_conv=False))
     del model.decoder
     model.decoder = lambda z: z.mean((1, 2, 3), keepdim=True).expand(-1, 3, 2 * z.shape[2], 2 * z.shape[3])
     model.tile = 16
-    latents = torch.arange(40.0).expand(1, 3, 20, 40)  # tiles start at 0, 12 and 24: their means are 7.5, 19.5 and 31.5
+    latents = torch.arange(40.0).expand(1, 3, 20, 40)  # tile means: 7.5, 19.5, 31.5
     row = model.decode(latents)[0, 0, 9]
     line = torch.arange(1, 9) / 9 * 12
-    expected = [torch.full((24,), 7.5), 7.5 + line, torch.full((16,), 19.5), 19.5 + line, torch.full((24,), 31.5)]
+    flat = lambda length, value: torch.full((length,), value)
+    expected = [flat(24, 7.5), 7.5 + line, flat(16, 19.5), 19.5 + line, flat(24, 31.5)]
     torch.testing.assert_close(row, torch.cat(expected))
 
 

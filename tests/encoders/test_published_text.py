@@ -1,5 +1,5 @@
-"""Published text encoders: the same numbers and the same token ids as transformers, from folders that it wrote itself, with
-random weights (no published weights are at hand)."""
+"""Published text encoders: the same numbers and the same token ids as transformers, from folders that it
+wrote itself, with random weights (no published weights are at hand)."""
 import gzip
 import html
 import importlib.util
@@ -20,13 +20,16 @@ import torch
 import transformers
 from oracles import CLIP, SPIECE, T5, clip, package, save, spread, t5, whole_clip
 
-import attention
-from encoders import weights
-from encoders.clip import BytePairs, byte_letters, words
+from attention import fused_attention, use_attention, written_out_attention
 from conditioning import last_word
-from encoders.t5 import CLIPConfig, CLIPTextEncoder, CLIPTokenizer, T5Config, Tokenizer, clip_name, load_clip, load_t5
+from encoders import weights
+from encoders.clip import BytePairs, CLIPConfig, CLIPTextEncoder, CLIPTokenizer, clip_name, load_clip, words
+from encoders.t5 import T5Config, Tokenizer, load_t5
 
-PROMPTS = ["a striped red circle above a blue square", "", "two cats, don't they look 3½ years?", "a very long prompt " * 90]
+PROMPTS = [
+    "a striped red circle above a blue square", "", "two cats, don't they look 3½ years?",
+    "a very long prompt " * 90,
+]
 
 
 def close(ours, theirs, mask=None):
@@ -47,13 +50,14 @@ def close(ours, theirs, mask=None):
         dict(eos_token_id=2),
     ],
 )
-@pytest.mark.parametrize("fused", [True, False])
-def test_clip_gives_what_transformers_gives(tmp_path, byte_pairs, size, fused, monkeypatch):
-    monkeypatch.setattr(attention, "FUSED", fused)
+@pytest.mark.parametrize("attend", [fused_attention, written_out_attention])
+def test_clip_gives_what_transformers_gives(tmp_path, byte_pairs, size, attend):
     model = clip(**size)
     tokenizer, encoder = load_clip(save(model, tmp_path, byte_pairs))
+    use_attention(encoder, attend)
     tokens, mask = tokenizer(PROMPTS)
-    assert tokens.shape == (4, size.get("max_position_embeddings", 77)) and encoder.config.width == model.config.hidden_size
+    assert tokens.shape == (4, size.get("max_position_embeddings", 77))
+    assert encoder.config.width == model.config.hidden_size
     with torch.no_grad():
         theirs, hidden = model(tokens, attention_mask=mask.long()), encoder(tokens, mask)
         unmasked = model(tokens)  # as many pipelines call it: the words see no padding either way
@@ -100,14 +104,16 @@ def test_clip_refuses_more_tokens_than_positions(tmp_path, byte_pairs):
 
 
 def test_every_published_size_is_read(tmp_path):
-    """Widths, depths, heads and MLPs of T5 1.1 and Flan-T5, and the text tower of CLIP ViT-L/14 in both its spellings."""
-    sizes = (512, 8, 6, 1024), (768, 12, 12, 2048), (1024, 24, 16, 2816), (2048, 24, 32, 5120), (4096, 24, 64, 10240)
-    for width, depth, heads, mlp in sizes:
-        config = dict(model_type="t5", d_model=width, d_kv=64, num_layers=depth, num_heads=heads, d_ff=mlp, vocab_size=32128)
-        config |= dict(feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6)
+    """Widths, depths, heads and MLPs of T5 1.1 and Flan-T5, and the text tower of CLIP ViT-L/14 in both its
+    spellings."""
+    small, base, large = (512, 8, 6, 1024), (768, 12, 12, 2048), (1024, 24, 16, 2816)
+    for width, depth, heads, mlp in (small, base, large, (2048, 24, 32, 5120), (4096, 24, 64, 10240)):
+        config = dict(model_type="t5", d_model=width, d_kv=64, num_layers=depth, num_heads=heads, d_ff=mlp)
+        config |= dict(vocab_size=32128, feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6)
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert T5Config.read(tmp_path) == T5Config(32128, width, depth, heads, 64, mlp)
-    text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, projection_dim=768)
+    text = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)
+    text |= dict(projection_dim=768)
     old = dict(text_config=dict(hidden_size=512), text_config_dict=text | dict(eos_token_id=2))
     for config in (old, dict(text_config=text)):
         (tmp_path / "config.json").write_text(json.dumps(config | dict(model_type="clip")))
@@ -153,7 +159,8 @@ def test_every_layout_of_a_t5_folder_gives_the_same(tmp_path, byte_pairs):
         pickled(folder, model, shards, old)  # with the embedding three times, and lm_head
         assert same(load_t5(folder, torch.float32)[1], reference)
     encoder = transformers.T5EncoderModel(model.config)
-    encoder.load_state_dict({name: t for name, t in model.state_dict().items() if name in encoder.state_dict()})
+    names = encoder.state_dict().keys()
+    encoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in names})
     assert same(load_t5(save(encoder, tmp_path / "encoder", byte_pairs), torch.float32)[1], reference)
     pickled(folder, encoder.encoder)  # names without "encoder.", the embedding as embed_tokens
     (folder / "pytorch_model.bin.index.json").unlink()
@@ -163,7 +170,8 @@ def test_every_layout_of_a_t5_folder_gives_the_same(tmp_path, byte_pairs):
 def test_every_layout_of_a_clip_folder_gives_the_same(tmp_path, byte_pairs):
     model = whole_clip()
     reference = load_clip(save(model, tmp_path / "whole", byte_pairs))[1]
-    assert same(load_clip(save(model, tmp_path / "sharded", byte_pairs, max_shard_size="100KB"))[1], reference)
+    sharded = save(model, tmp_path / "sharded", byte_pairs, max_shard_size="100KB")
+    assert same(load_clip(sharded)[1], reference)
     tower = transformers.CLIPTextModel(model.config.text_config)
     tower.load_state_dict(model.text_model.state_dict())
     folder = save(tower, tmp_path / "tower", byte_pairs)
@@ -205,11 +213,15 @@ ERRORS = {  # what is done to the folder of a T5: what is said of it, beside the
     "holds 1 tensors that have no place in the model, 'encoder.block.2.x'": lambda f: change_weights(
         f, lambda t: t.update({"encoder.block.2.x": t[NORM]})
     ),
-    "has the shape (5,), the model has (24,)": lambda f: change_weights(f, lambda t: t.update({NORM: torch.zeros(5)})),
+    "has the shape (5,), the model has (24,)": lambda f: change_weights(
+        f, lambda t: t.update({NORM: torch.zeros(5)})
+    ),
     "is not a whole safetensors file": lambda f: os.truncate(f / "model.safetensors", 3_000_000),
     "is not a safetensors file": lambda f: os.truncate(f / "model.safetensors", 100),
     "config.json is of a model of type 'umt5', not t5": lambda f: change_config(f, model_type="umt5"),
-    "feed_forward_proj is 'relu'; only 'gated-gelu' is built": lambda f: change_config(f, feed_forward_proj="relu"),
+    "feed_forward_proj is 'relu'; only 'gated-gelu' is built": lambda f: change_config(
+        f, feed_forward_proj="relu"
+    ),
     "layer_norm_epsilon is 1e-05; only 1e-06 is built": lambda f: change_config(f, layer_norm_epsilon=1e-5),
     "d_model is 'wide', not a whole number": lambda f: change_config(f, d_model="wide"),
     "the tokenizer has 32100 pieces, the model 100": lambda f: change_config(f, vocab_size=100),
@@ -219,7 +231,9 @@ ERRORS = {  # what is done to the folder of a T5: what is said of it, beside the
     "no spiece.model in": lambda f: (f / "spiece.model").unlink(),
     "spiece.model is not a sentencepiece model": lambda f: (f / "spiece.model").write_bytes(b"text"),
     "no weights in": lambda f: (f / "model.safetensors").unlink(),
-    "gone.safetensors is missing: the index beside it lists it": lambda f: add_index(f, **{NORM: "gone.safetensors"}),
+    "gone.safetensors is missing: the index beside it lists it": lambda f: add_index(
+        f, **{NORM: "gone.safetensors"}
+    ),
     "part.safetensors has no tensor 'encoder.final_layer_norm.weight'": lambda f: (
         add_index(f), change_weights(f, lambda t: t.pop(NORM), "part.safetensors")
     ),
@@ -230,7 +244,7 @@ ERRORS = {  # what is done to the folder of a T5: what is said of it, beside the
     "pytorch_model.bin is not a file of tensors alone": lambda f: (
         pickled(f, t5()), os.truncate(f / "pytorch_model.bin", 3_000_000)
     ),
-}  # fmt: skip
+}
 
 
 class Program:
@@ -263,7 +277,8 @@ def test_what_is_wrong_with_a_clip_folder_is_said(tmp_path, byte_pairs):
     with pytest.raises(ValueError, match="of type 'clip_text_model', not t5"):
         load_t5(folder)
     change_config(folder, hidden_act="relu")
-    with pytest.raises(ValueError, match="config.json: hidden_act is 'relu'; only 'quick_gelu' or 'gelu' is built"):
+    message = "config.json: hidden_act is 'relu'; only 'quick_gelu' or 'gelu' is built"
+    with pytest.raises(ValueError, match=message):
         load_clip(folder)
     change_config(folder, hidden_act="gelu")
     for name, content, message in (
@@ -290,7 +305,8 @@ def test_a_module_is_as_before_where_loading_fails(tmp_path, byte_pairs):
 MEASURE = """
 import resource, sys, torch
 from encoders.t5 import T5Config, T5Encoder, load_t5
-peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+lines = lambda: open("/proc/self/status").readlines()
+peak = lambda: int(next(line for line in lines() if line.startswith("VmHWM")).split()[1]) / 1024
 with torch.device("meta"):
     T5Encoder(T5Config())  # for this alone PyTorch imports 60 MB of modules
 before = peak()
@@ -304,25 +320,28 @@ def large_t5(tmp_path):
     """Function from a depth to a T5's folder without weights, and {name: shape} of its encoder's tensors."""
 
     def make(depth):
-        config = dict(model_type="t5", d_model=1024, d_kv=64, d_ff=2816, num_layers=depth, num_heads=16, vocab_size=32128)
-        (tmp_path / "config.json").write_text(json.dumps(config | dict(feed_forward_proj="gated-gelu")))
+        config = dict(model_type="t5", d_model=1024, d_kv=64, d_ff=2816, num_layers=depth, num_heads=16)
+        config |= dict(vocab_size=32128, feed_forward_proj="gated-gelu")
+        (tmp_path / "config.json").write_text(json.dumps(config))
         shutil.copy(SPIECE, tmp_path)
         with torch.device("meta"):
             model = transformers.T5EncoderModel(transformers.T5Config.from_pretrained(tmp_path))
-        return tmp_path, {name: t.shape for name, t in model.state_dict().items() if "embed_tokens" not in name}
+        state = model.state_dict()
+        return tmp_path, {name: state[name].shape for name in state if "embed_tokens" not in name}
 
     return make
 
 
 def memory_of_loading(folder):
-    """Megabytes at the highest while a process loads a T5 in bf16, beyond Python's and PyTorch's own; and the encoder's."""
+    """Megabytes at the highest while a process loads a T5 in bf16, beyond Python's and PyTorch's own; and the
+    encoder's."""
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, folder]
-    result = subprocess.run(command, cwd=Path(weights.__file__).parent, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=Path(weights.__file__).parent.parent, capture_output=True, text=True)
     before, highest, size = map(float, result.stdout.split())
     return highest - before, size
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of a process's memory")
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of memory")
 
 
 @linux
@@ -349,7 +368,8 @@ def test_loading_needs_the_model_and_one_shard(large_t5):
 def test_loading_does_not_read_the_decoder_of_a_pickle(large_t5):
     """90 MB in bf16 from one .bin in fp32 with 180 MB of encoder and 200 MB of decoder."""
     folder, shapes = large_t5(depth=1)
-    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()} | {"decoder.x": torch.zeros(50, 2**20)}
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    tensors["decoder.x"] = torch.zeros(50, 2**20)
     torch.save(tensors, folder / "pytorch_model.bin")
     highest, size = memory_of_loading(folder)
     assert 80 < size < 100
@@ -363,17 +383,21 @@ def texts(count=600):
     """Varied texts, the same each time."""
     rng = random.Random(0)
     pools = [
-        "a red circle above the blue square photo painting of Three dogs' it's we've I'LL don't THEY'RE she'd I'm".split(),
-        "café naïve Ångström São_Paulo ÜBER straße İstanbul ıſK ΣΊΣΥΦΟΣ Привет e\u0301a\u0308 a\u0301 Đặng".split(),
+        "a red circle above the blue square photo painting of Three dogs' "
+        "it's we've I'LL don't THEY'RE she'd I'm".split(),
+        "café naïve Ångström São_Paulo ÜBER straße İstanbul ıſK ΣΊΣΥΦΟΣ "
+        "Привет e\u0301a\u0308 a\u0301 Đặng".split(),
         "日本語 猫が好き 中文字符 한국어 ภาษาไทย हिन्दी".split(),
         ["שלום", "مرحبا بالعالم", "אבג דהו", "\u202bسلام\u202c"],
         ["👩‍👩‍👧", "👍🏽", "🇫🇷", "☀", "🏳️‍🌈", "🤷‍♀️", "1️⃣"],
         "0 12 1,000.50 x² H₂O ½ Ⅷ ٣ ① 3rd 2024-01-31 10^-6 m³".split(),
         ["&amp;", "&lt;b&gt;", "&#39;", "&nbsp;", html.escape("<a href='x'>")],
-        ["\t", "\n", "\r\n", "  ", "\xa0", "\u3000", "\u2028", "\u200b", "\x00", "\x01", "\x1c", "\x7f", "\ufeff", "\ufffd"],
+        ["\t", "\n", "\r\n", "  ", "\xa0", "\u3000", "\u2028", "\u200b"]
+        + ["\x00", "\x01", "\x1c", "\x7f", "\ufeff", "\ufffd"],
         list("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~") + ["...", "?!", "--", "''", "```", ":-)", "“q”", "…", "—"],
     ]
-    found = ["", " ", "\n\t ", "a" * 10_000, "ab 12 " * 1_666, "word" * 300, "".join(map(chr, range(32))), "é" * 200]
+    found = ["", " ", "\n\t ", "a" * 10_000, "ab 12 " * 1_666, "word" * 300]
+    found += ["".join(map(chr, range(32))), "é" * 200]
     while len(found) < count:
         some = rng.sample(pools, rng.randint(1, 4))
         parts = [rng.choice(rng.choice(some)) for _ in range(rng.randint(1, 25))]
@@ -387,8 +411,8 @@ def test_clip_tokens_are_those_of_transformers(byte_pairs):
     many = texts() + ["x <|endoftext|> y", "<|startoftext|>z<|endoftext|>"]
     for text, ids in zip(many, theirs(many, add_special_tokens=False)["input_ids"], strict=True):
         assert pairs.encode(text) == ids, repr(text[:200])
-    letters = [chr(code) for code in range(0x30000) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")]
-    runs = ["a" + "1".join(letters[i : i + 50]) for i in range(0, len(letters), 50)]  # every character that has a name
+    letters = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
+    runs = ["a" + "1".join(letters[i : i + 50]) for i in range(0, len(letters), 50)]  # every named character
     for text, ids in zip(runs, theirs(runs, add_special_tokens=False)["input_ids"], strict=True):
         assert pairs.encode(text) == ids, repr(text)
 
@@ -399,27 +423,32 @@ def test_clip_batches_are_cut_and_padded(byte_pairs):
     for batch in (PROMPTS, PROMPTS[:3], [""]):
         tokens, mask = tokenizer(batch)
         expected = theirs(batch, padding=True, truncation=True, max_length=77, return_tensors="pt")
-        assert torch.equal(tokens, expected["input_ids"]) and torch.equal(mask, expected["attention_mask"].bool())
+        assert torch.equal(tokens, expected["input_ids"])
+        assert torch.equal(mask, expected["attention_mask"].bool())
     assert tokenizer(PROMPTS)[0].shape == (4, 77) and len(tokenizer) == 49408 and mask.dtype == torch.bool
-    assert (tokens[0, 0], tokens[0, mask.sum() - 1]) == (49406, 49407)  # the end of text is a word, what follows is not
+    assert (tokens[0, 0], tokens[0, mask.sum() - 1]) == (49406, 49407)  # the end of text counts as a token
 
 
 def test_words_by_hand():
-    assert words("Don't  STOP it's ½ x20!!\u3000ΟΔΟΣ") == ["don", "'t", "stop", "it", "'s", "½", "x", "2", "0", "!!", "οδοσ"]
+    expected = ["don", "'t", "stop", "it", "'s", "½", "x", "2", "0", "!!", "οδοσ"]
+    assert words("Don't  STOP it's ½ x20!!\u3000ΟΔΟΣ") == expected
     assert words("<|endoftext|>a<|èndoftext|>") == ["<|endoftext|>", "a", "<|", "èndoftext", "|>"]
 
 
 def test_t5_tokens_are_those_of_transformers():
-    """transformers has its own reading of the sentencepiece model. The two part where a text holds U+0085 (a space for it),
-    a character that stands for others followed by a joiner, several marks on one letter, and where two ways to cut a word
-    have the same score; there ours is sentencepiece's own, with which T5 was trained."""
-    theirs = transformers.T5Tokenizer.from_pretrained(SPIECE.parent)  # from tokenizer.json; spiece.model asks for protobuf
+    """transformers has its own reading of the sentencepiece model. The two part where a text holds U+0085 (a
+    space for it), a character that stands for others followed by a joiner, several marks on one letter, and
+    where two ways to cut a word have the same score; there ours is sentencepiece's own, with which T5 was
+    trained."""
+    theirs = transformers.T5Tokenizer.from_pretrained(SPIECE.parent)  # from tokenizer.json, without protobuf
     tokenizer = Tokenizer(SPIECE.read_bytes(), length=256, extra=100)
-    many = texts() + ["fill <extra_id_0> and<extra_id_99>in </s> it <pad><unk>.", "<extra_id_100> <EXTRA_ID_0>"]
+    many = texts() + ["fill <extra_id_0> and<extra_id_99>in </s> it <pad><unk>."]
+    many += ["<extra_id_100> <EXTRA_ID_0>"]
     for text, ids in zip(many, theirs(many)["input_ids"], strict=True):
         assert tokenizer.encode(text) + [1] == ids, repr(text[:200])
     for batch in (PROMPTS, PROMPTS[:3], [""]):
         tokens, mask = tokenizer(batch)
         expected = theirs(batch, padding=True, truncation=True, max_length=256, return_tensors="pt")
-        assert torch.equal(tokens, expected["input_ids"]) and torch.equal(mask, expected["attention_mask"].bool())
+        assert torch.equal(tokens, expected["input_ids"])
+        assert torch.equal(mask, expected["attention_mask"].bool())
     assert len(tokenizer) == len(theirs) == 32100

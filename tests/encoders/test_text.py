@@ -2,7 +2,8 @@ import torch
 
 from encoders.t5 import T5Config, T5Encoder, Tokenizer, directed_bias, relative_buckets
 
-CAPTIONS = [f"a {c} {s} above a {d} square" for c in ("red", "blue", "green") for s in ("circle", "star") for d in ("pink", "red")]
+COLOURS, SHAPES = ("red", "blue", "green"), ("circle", "star")
+CAPTIONS = [f"a {c} {s} above a {d} square" for c in COLOURS for s in SHAPES for d in ("pink", "red")]
 
 
 def test_buckets_by_hand():

@@ -15,6 +15,12 @@ def samples():
     return tensors | {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "turned": values.float().T}
 
 
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype
+
+
 def test_the_package_reads_what_we_write(tmp_path):
     path = tmp_path / "a.safetensors"
     weights.write(path, samples(), {"config": "{}", "name": "ä"})
@@ -31,8 +37,8 @@ def test_we_read_what_the_package_writes(tmp_path):
     tensors = {name: t.contiguous() for name, t in samples().items()}
     safetensors.torch.save_file(tensors, path, {"x": "y"})
     read, metadata = weights.read(path)
-    assert metadata == {"x": "y"} and set(read) == set(tensors)
-    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+    assert metadata == {"x": "y"}
+    assert_same(read, tensors)
 
 
 def bad_header(header):
@@ -127,12 +133,10 @@ def test_unusual_files_are_read_as_the_package_reads_them(tmp_path):
         {"b": entry([1], 0, 1, "U8"), "a": entry([3], 1, 13), "c": entry([3], 13, 16, "I8")},
         {"a": entry([], 0, 4), "b": entry([3], 4, 16), "e": entry([0, 3], 4, 4), "f": entry([0], 16, 16)},
         {"__metadata__": None, "a": WHOLE | dict(more=[1])},
-    )]  # fmt: skip
+    )]
     for header in headers:
         path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(16)))
-        ours, theirs = weights.read(path)[0], safetensors.torch.load_file(path)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+        assert_same(weights.read(path)[0], safetensors.torch.load_file(path))
 
 
 def test_nothing_is_allocated_before_it_is_checked(tmp_path):
@@ -156,11 +160,13 @@ def test_a_published_folder_of_diffusers_is_read(tmp_path):
     assert weights.read_config(tmp_path, "AutoencoderKL") == {"_class_name": "AutoencoderKL"}
     with pytest.raises(ValueError, match="config.json is of a model of type 'AutoencoderKL', not t5"):
         weights.read_config(tmp_path, "t5")
-    published = {f"vae.{name}": tensor for name, tensor in module.state_dict().items()} | {"loss.w": torch.ones(1)}
+    published = {f"vae.{name}": tensor for name, tensor in module.state_dict().items()}
+    published["loss.w"] = torch.ones(1)
     rename = lambda name: name.removeprefix("vae.") if name.startswith("vae.") else None
     for file, save in (
-        ("diffusion_pytorch_model.bin", torch.save), ("diffusion_pytorch_model.safetensors", safetensors.torch.save_file)
-    ):  # fmt: skip
+        ("diffusion_pytorch_model.bin", torch.save),
+        ("diffusion_pytorch_model.safetensors", safetensors.torch.save_file),
+    ):
         published["vae.0.bias"] += 1  # the second file, safetensors, is preferred: what is read has changed
         save(published, tmp_path / file)
         with torch.device("meta"):

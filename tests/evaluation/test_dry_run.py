@@ -1,4 +1,4 @@
-"""A dry run counts what a real one takes; and a whole training or sampling step runs where no tensor has data."""
+"""A dry run counts what a real run takes. Whole training and sampling steps run where no tensor has data."""
 import json
 import subprocess
 import sys
@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fake_cuda
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-import attention
-from evaluation import dry_run as dryrun
 import train
-from diffusion import Diffusion, ddim, ddpm, dpm_sde, dpm_solver, guided, guided_motion
+from attention import fused_attention, use_attention, written_out_attention
+from common.flops import Flops
+from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, motion_free_guidance
 from dit import GenTron, ModelConfig
 from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from encoders.t5 import CLIPConfig, CLIPTextEncoder, T5Config, T5Encoder
+from encoders.clip import CLIPConfig, CLIPTextEncoder
+from encoders.t5 import T5Config, T5Encoder
+from evaluation import dry_run
 
 ROOT = Path(__file__).parent.parent.parent
 TWO = dict(text_widths=(12, 16), null_tokens=(2, 3), pooling=("last", "mean"))
@@ -23,8 +25,9 @@ TWO = dict(text_widths=(12, 16), null_tokens=(2, 3), pooling=("last", "mean"))
 MEASURE = """
 import sys
 import torch
-import attention, dryrun
+from attention import fused_attention, use_attention, written_out_attention
 from dit import GenTron, ModelConfig
+from evaluation import dry_run
 
 def resident(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
@@ -32,41 +35,41 @@ def resident(key):
 size, batch, side, frames, fused, checkpointing = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(1)
 config = ModelConfig.of(size, temporal=frames > 0)
-estimate = dryrun.activations(config, batch, frames, side, (20,), torch.float32, bool(checkpointing), bool(fused))
-attention.FUSED = bool(fused)
+shape = frames, side, (20,)
+estimate = dry_run.activations(config, batch, *shape, torch.float32, bool(checkpointing), bool(fused))
 model = GenTron(config)
+use_attention(model, fused_attention if fused else written_out_attention)
 model.checkpointing = bool(checkpointing)
 for p in model.parameters():
     p.grad = torch.zeros_like(p)
 
-def step(batch):
-    model(*dryrun.step_inputs(config, batch, frames, side, (20,), device="cpu")).square().mean().backward()
-
-step(1)
+one, many = (dry_run.random_inputs(config, count, *shape, device="cpu") for count in (1, batch))
+model(*one).square().mean().backward()
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak until now
 before = resident("VmRSS")
-step(batch)
+model(*many).square().mean().backward()
 print(estimate / (resident("VmHWM") - before))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process's peak memory there")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells peak memory there")
 @pytest.mark.parametrize(
     "size, batch, side, frames, fused, checkpointing",
-    [("mini", 128, 8, 0, 0, 0), ("mini", 16, 8, 8, 1, 0), ("S", 4, 32, 0, 1, 0), ("S", 4, 32, 0, 0, 0), ("S", 4, 32, 0, 1, 1)],
+    [("mini", 128, 8, 0, 0, 0), ("mini", 16, 8, 8, 1, 0),
+     ("S", 4, 32, 0, 1, 0), ("S", 4, 32, 0, 0, 0), ("S", 4, 32, 0, 1, 1)],
 )
-def test_activations_are_within_15_percent_of_measured_memory(size, batch, side, frames, fused, checkpointing):
-    """With an allocator that gives memory back at once, as freed memory that is kept would be counted."""
-    keep = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = map(str, (size, batch, side, frames, fused, checkpointing))
-    done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, env=keep)
+def test_activations_are_within_15_percent_of_measured_peaks(size, batch, side, frames, fused, checkpointing):
+    """The allocator gives freed memory back at once: memory that it kept would be counted."""
+    variables = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURE, *map(str, (size, batch, side, frames, fused, checkpointing))]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert 0.85 < float(done.stdout) < 1.15
 
 
 def test_a_dry_run_of_the_largest_model(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(dryrun, "activations", lambda *_: 2**30)  # that is tested above
-    train.main(["image", "--size", "G/2", "--dry-run", "--gpus", "16"])
+    monkeypatch.setattr(dry_run, "activations", lambda *_: 2**30)  # that is tested above
+    train.main(["image", "--size", "G/2", "--dry-run", "16"])
     first, *lines = capsys.readouterr().out.splitlines()
     assert int(first.removeprefix("parameters ")) == pytest.approx(3083.8e6, rel=1e-3)
     parts = [float(line.split()[-1][:-1]) for line in lines if line.endswith("M")]
@@ -75,46 +78,39 @@ def test_a_dry_run_of_the_largest_model(capsys, monkeypatch, tmp_path):
     folder = tmp_path / "t5"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dict(model_type="t5", feed_forward_proj="gated-gelu")))
-    train.main(["image", "--size", "S/2", "--dry-run", "--t5", str(folder)])
+    train.main(["image", "--size", "S/2", "--dry-run", "8", "--t5", str(folder)])
     alone = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("a step of"))
     assert float(alone.split(", and ")[1].split()[0]) > 0
-    train.main(["image", "--dry-run"])
+    train.main(["image", "--dry-run", "1"])
     assert capsys.readouterr().out.startswith("parameters 5")
     with pytest.raises(ValueError, match="--dry-run: of the stages image and video"):
-        train.main(["autoencoder", "--dry-run"])
+        train.main(["autoencoder", "--dry-run", "1"])
 
 
 def test_flops_are_the_products_of_the_equations():
-    """A token passes 12 D² weights a block in attention and MLP, and looks at N others, 2 N D more each way; forward and
-    backward are three times forward."""
-    config = ModelConfig(depth=3, width=64, heads=4, channels=4, out_channels=4, integration="class", classes=10)
+    """In a block a token passes 12 D² weights, and attention over N tokens takes 2 N D products more."""
+    config = ModelConfig(depth=3, width=64, heads=4, integration="class", classes=10)
     N, D = 64, 64
-    ends = N * D * (16 + 16) + 256 * D + D * D + 2 * D * D  # patches in and out; the timestep's MLP and the last adaLN
+    ends = N * D * (16 + 16) + 256 * D + D * D + 2 * D * D  # patches in and out; t's MLP; last adaLN
     block = N * (12 * D * D + 2 * N * D) + 6 * D * D
     with torch.device("meta"):
         model = GenTron(config)
-    from torch.utils.flop_counter import FlopCounterMode
-
-    labels, t = torch.zeros(1, dtype=torch.long, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
-    before, attention.FUSED = attention.FUSED, False
-    try:
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 4, 16, 16, device="meta"), t, labels)
-    finally:
-        attention.FUSED = before
+    use_attention(model, written_out_attention)
+    t = labels = torch.zeros(1, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 4, 16, 16, device="meta"), t, labels)
     assert counter.get_total_flops() == 2 * (ends + 3 * block)
     text = ModelConfig(depth=3, width=64, heads=4, text_widths=(8,))
-    once, again = (dryrun.flops(text, 0, 16, (5,), checkpointing) for checkpointing in (False, True))
+    once, again = (dry_run.flops(text, 0, 16, (5,), checkpointing) for checkpointing in (False, True))
     assert 1.2 < again / once < 1.35  # the forward pass a second time
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_flops_are_counted_as_torch_counts_them_and_keep_nothing_alive(fused, monkeypatch):
+@pytest.mark.parametrize("attend", [written_out_attention, fused_attention])
+def test_flops_are_counted_as_torch_counts_them_and_keep_nothing_alive(attend):
     """Of a checkpointed step under autocast, with an encoder that does not learn before it."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    monkeypatch.setattr(attention, "FUSED", fused)
-    encoder, model = T5Encoder(T5Config(vocabulary=64, width=16)), GenTron(ModelConfig(depth=8, width=64, heads=4, text_widths=(16,)))
+    encoder = T5Encoder(T5Config(vocabulary=64, width=16))
+    model = GenTron(ModelConfig(depth=8, width=64, heads=4, text_widths=(16,)))
+    use_attention(model, attend)
     tokens, mask = torch.randint(0, 64, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
     model.checkpointing = True
     inputs = torch.randn(4, 4, 16, 16), torch.zeros(4, dtype=torch.long)
@@ -129,9 +125,9 @@ def test_flops_are_counted_as_torch_counts_them_and_keep_nothing_alive(fused, mo
 
     with FlopCounterMode(display=False) as theirs:
         step()
-    with dryrun.Peak(model.parameters()) as plain:
+    with dry_run.Peak(model.parameters()) as plain:
         step()
-    with dryrun.Peak(model.parameters()) as counted, dryrun.Flops() as ours:
+    with dry_run.Peak(model.parameters()) as counted, Flops() as ours:
         step()
     assert ours.total == theirs.get_total_flops() > 0
     assert counted.peak < 1.05 * plain.peak
@@ -142,18 +138,18 @@ def small(**changes):
 
 
 @pytest.mark.parametrize("temporal", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_training_and_a_sampling_step_run_on_the_meta_device(temporal, fused, monkeypatch):
+@pytest.mark.parametrize("attend", [written_out_attention, fused_attention])
+def test_a_training_and_a_sampling_step_run_on_the_meta_device(temporal, attend):
     """A tensor that was made on the wrong device would fail here."""
-    monkeypatch.setattr(attention, "FUSED", fused)
     with torch.device("meta"):
         model = GenTron(small(temporal=temporal))
-        readers = CLIPTextEncoder(CLIPConfig(50, 12, 1, 2, 16)), T5Encoder(T5Config(width=16))
+        encoders = CLIPTextEncoder(CLIPConfig(50, 12, 1, 2, 16)), T5Encoder(T5Config(width=16))
+    use_attention(model, attend)
     optimizer = torch.optim.AdamW(model.parameters())
-    x, t, *_ = dryrun.step_inputs(model.config, 2, 3 if temporal else 0, 8, (4, 6))
+    x, t, *_ = dry_run.random_inputs(model.config, 2, 3 if temporal else 0, 8, (4, 6))
     tokens = [torch.zeros(2, L, dtype=torch.long, device="meta") for L in (4, 6)]
     masks = tuple(torch.ones(2, L, dtype=torch.bool, device="meta") for L in (4, 6))
-    text = tuple(reader(*pair) for reader, *pair in zip(readers, tokens, masks))
+    text = tuple(encoder(*pair) for encoder, *pair in zip(encoders, tokens, masks))
     no = torch.zeros(2, dtype=torch.bool, device="meta")
     motion = dict(motion_free=no) if temporal else {}
     diffusion = Diffusion(learned_variance=True)
@@ -161,31 +157,36 @@ def test_a_training_and_a_sampling_step_run_on_the_meta_device(temporal, fused, 
     loss.mean().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    conditions = [dict(text=text, mask=masks, dropped=no, **motion)] * 3
-    run = guided_motion(model, *conditions, 7.5, 1.2) if temporal else guided(model, *conditions[:2], 4.0)
-    for sampler in (ddpm, ddim, dpm_solver, dpm_sde):
+    conditions = [dict(text=text, text_mask=masks, dropped=no, **motion)] * 3
+    guided = classifier_free_guidance(model, *conditions[:2], 4.0)
+    if temporal:
+        guided = motion_free_guidance(model, *conditions, 7.5, 1.2)
+    for sampler in SAMPLERS.values():
         with torch.no_grad():
-            assert sampler(run, diffusion, x, 2, [torch.Generator() for _ in range(2)]).device.type == "meta"
+            x0 = sampler(guided, diffusion, x, 2, [torch.Generator() for _ in range(2)])
+        assert x0.device.type == "meta"
     with torch.device("meta"):
         autoencoder = AutoencoderKL(AutoencoderKLConfig(widths=(8, 8, 8, 8), groups=2))
-    assert autoencoder.decode(autoencoder.encode(torch.empty(2, 3, 64, 64, device="meta"))).shape == (2, 3, 64, 64)
+    pictures = torch.empty(2, 3, 64, 64, device="meta")
+    assert autoencoder.decode(autoencoder.encode(pictures)).shape == pictures.shape
 
 
 @pytest.mark.parametrize("temporal", [False, True])
-def test_forward_passes_run_on_fake_cuda_tensors(temporal):
-    with torch.device("meta"):
-        model = GenTron(small(temporal=temporal))
-        readers = CLIPTextEncoder(CLIPConfig(50, 12, 1, 2, 16)), T5Encoder(T5Config(width=16))
+def test_forward_passes_run_where_the_cpu_is_another_device(temporal):
+    """A tensor that was made on the CPU would fail here. "lazy" stands in for a GPU: a fake tensor of device
+    "cuda" cannot be indexed where torch has no CUDA."""
     with FakeTensorMode(), torch.no_grad():
-        fake_cuda(model)
-        inputs = dryrun.step_inputs(model.config, 2, 3 if temporal else 0, 8, (4, 6), device="cuda")
-        no = torch.zeros(2, dtype=torch.bool, device="cuda")
-        for motion_free in (None, no, True) if temporal else (None,):
-            assert model(*inputs, no, motion_free).device.type == "cuda"
-        tokens = torch.zeros(2, 5, dtype=torch.long, device="cuda")
-        mask = torch.ones(2, 5, dtype=torch.bool, device="cuda")
-        for reader in readers:
-            assert fake_cuda(reader)(tokens, mask).device.type == "cuda"
+        with torch.device("lazy"):
+            model = GenTron(small(temporal=temporal))
+            encoders = CLIPTextEncoder(CLIPConfig(50, 12, 1, 2, 16)), T5Encoder(T5Config(width=16))
+        inputs = dry_run.random_inputs(model.config, 2, 3 if temporal else 0, 8, (4, 6), device="lazy")
+        no = torch.zeros(2, dtype=torch.bool, device="lazy")
+        for motion_free in (None, no) if temporal else (None,):
+            assert model(*inputs, no, motion_free).device.type == "lazy"
+        tokens = torch.zeros(2, 5, dtype=torch.long, device="lazy")
+        mask = torch.ones(2, 5, dtype=torch.bool, device="lazy")
+        for encoder in encoders:
+            assert encoder(tokens, mask).device.type == "lazy"
 
 
 def test_checkpointing_changes_nothing_but_memory():
@@ -194,9 +195,7 @@ def test_checkpointing_changes_nothing_but_memory():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    inputs = x, t, text, masks = dryrun.step_inputs(model.config, 2, 3, 8, (4, 6), torch.float64, "cpu")
-    for tensor in (x, *text):
-        tensor.normal_()
+    inputs = dry_run.random_inputs(model.config, 2, 3, 8, (4, 6), torch.float64, "cpu")
     found = []
     for model.checkpointing in (False, True):
         model.zero_grad()

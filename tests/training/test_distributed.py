@@ -14,7 +14,7 @@ from PIL import Image
 
 from training import checkpoints
 from data import latent_cache as latents
-from training import loop
+from training import batches
 from data import shapes
 from data import tar_shards as shards
 import train
@@ -146,9 +146,9 @@ def here(folder, out, *flags):
 def poison(monkeypatch, steps):
     real = train.diffusion_loss
 
-    def poisoned(config, model, x0, captions, group, step, *rest):
-        loss, share = real(config, model, x0, captions, group, step, *rest)
-        return (loss * float("nan") if step in steps else loss), share
+    def poisoned(model, x0, text, step, *rest):
+        loss, levels = real(model, x0, text, step, *rest)
+        return (loss * float("nan") if step.number in steps else loss), levels
 
     monkeypatch.setattr(train, "diffusion_loss", poisoned)
 
@@ -158,7 +158,7 @@ def test_a_poisoned_batch_is_skipped_and_named(folder, tmp_path, monkeypatch):
     here(folder, tmp_path, "--steps", "6")
     skipped = [row for row in rows(tmp_path) if "skipped" in row]
     assert [row["step"] for row in skipped] == [5] and skipped[0]["grad_norm"] == "nan"
-    assert skipped[0]["skipped"] == [str(i) for i in loop.batch_indices(4, 20, 8, 0).tolist()]
+    assert skipped[0]["skipped"] == [str(i) for i in batches.batch_indices(4, 20, 8, 0).tolist()]
     assert all(torch.isfinite(t).all() for t in weights.read(tmp_path / "model.safetensors")[0].values() if t.is_floating_point())
 
 

@@ -1,0 +1,39 @@
+"""Files: written whole or not at all, and what was left out of a folder, said in a few lines."""
+import contextlib
+import os
+import uuid
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """with written_whole(path) as part: … writes the file `part`, which then takes the place of `path` in one
+    step. If anything fails it is removed, and what was at `path` before stays."""
+    path = Path(path)
+    part = path.with_name(f".part-{uuid.uuid4().hex}-{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def print_left_out(skipped, used, most=20):
+    """skipped: a list of (path, reason); used: how many files were used."""
+    if skipped:
+        print(f"{len(skipped)} of {len(skipped) + used} files were left out:")
+        for path, reason in skipped[:most]:
+            print(f"  {path}: {reason}")
+    if len(skipped) > most:
+        print(f"  … and {len(skipped) - most} more")
+
+
+FORMAT = 1  # of models and checkpoints: what their tensors and settings are called
+
+
+def check_format(path, number):
+    """ValueError, naming the file, unless this code reads files of the format `number` (None: there was none yet)."""
+    if number is None:
+        raise ValueError(f"{path} was made by an earlier version of this code, whose names have changed: train it again")
+    if int(number) > FORMAT:
+        raise ValueError(f"{path} has format {number}, made by a later version of this code, which reads up to {FORMAT}")

@@ -1,0 +1,20 @@
+"""Counts the FLOPs of a computation as it runs."""
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Flops(TorchDispatchMode):
+    """with Flops() as counter: …; counter.total is the FLOPs of all matrix products and convolutions in it.
+
+    torch's FlopCounterMode counts the same, but also by module. For that it keeps alive whatever checkpointed
+    blocks compute again, enough to run out of memory."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        result = function(*arguments, **options)
+        count = flop_registry.get(function.overloadpacket)
+        if count:
+            self.total += count(*arguments, **options, out_val=result)
+        return result

@@ -1,0 +1,81 @@
+"""The prompts of evaluate.py. The same arguments always give the same prompts."""
+import random
+from dataclasses import dataclass
+
+from data import moving_shapes, shapes
+from data.moving_shapes import MOTIONS
+from data.shapes import TEXTURES, Thing
+
+COLUMNS = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    things: tuple  # what the text names, as Things; their positions mean nothing
+    relation: str | None = None  # between the first two
+    motions: tuple = ()  # of each thing, in a prompt for a clip
+
+
+def prompts(column, unseen, count, seed=0):
+    """`count` Prompts of a column. unseen: whether each names a thing that training never shows."""
+    rng = random.Random(f"{column} {unseen} {seed}")
+    known_by = {"color": ["shape"], "shape": ["colour"]}.get(column, ["shape", "colour"])
+    found = []
+    while len(found) < count:
+        number = rng.choice([2, 3]) if column == "complex" else 2
+        things = [shapes.random_thing(rng, unseen and i == 0) for i in range(number)]
+        rng.shuffle(things)
+        if column == "texture":
+            things = [Thing(thing.shape, thing.colour, rng.choice(TEXTURES[1:])) for thing in things]
+        elif column != "complex":
+            things = [Thing(thing.shape, thing.colour) for thing in things]
+        # the judge must know each thing by the attributes that the column does not ask for
+        distinct = len({tuple(getattr(thing, key) for key in known_by) for thing in things}) == number
+        if not distinct or any(thing.unseen for thing in things) != unseen:
+            continue
+        relation = None
+        if column == "spatial" or (column == "complex" and rng.random() < 0.5):
+            relation = rng.choice(shapes.RELATIONS)
+        elif column == "non_spatial":
+            relation = rng.choice(shapes.COMPARISONS)
+        found.append(Prompt(shapes.describe(things, relation, rng), tuple(things), relation))
+    return found
+
+
+def motion_prompts(count, seed=0):
+    """`count` Prompts for clips: all motions in turn, of one thing and of two (with one motion, or one each).
+    Half of them name a colour or texture that only pictures have."""
+    rng = random.Random(f"motion {seed}")
+    names, found = list(MOTIONS), []
+    while len(found) < count:
+        turn, i = divmod(len(found), len(names))
+        motions = [names[i]] + [rng.choice([names[i], rng.choice(names)])] * (turn % 2)
+        things = [shapes.random_thing(rng) for _ in motions]
+        distinct = len({(thing.colour, thing.shape) for thing in things}) == len(things)
+        if not distinct or only_in_pictures(things) != (turn // 2 % 2 == 1):
+            continue
+        if moving_shapes.random_path(things, motions, None, rng, 8):  # they have room to move
+            text = moving_shapes.describe(things, motions, None, rng)
+            found.append(Prompt(text, tuple(moving_shapes.unsized(things, motions)), motions=tuple(motions)))
+    return found
+
+
+def moving_prompts(column, count, seed=0):
+    """`count` Prompts for clips: those of a column that name two things, which move alike."""
+    rng, found = random.Random(f"moving {column} {seed}"), []
+    for prompt in prompts(column, False, 20 * count, seed):
+        motions, relation = [rng.choice(list(MOTIONS))] * 2, prompt.relation
+        if len(prompt.things) != 2 or len(found) == count:
+            continue
+        if moving_shapes.random_path(shapes.sized(prompt.things, relation), motions, relation, rng, 8):
+            things = tuple(moving_shapes.unsized(prompt.things, motions))
+            text = moving_shapes.describe(things, motions, relation, rng)
+            found.append(Prompt(text, things, relation, tuple(motions)))
+    return found
+
+
+def only_in_pictures(things):
+    """Whether some thing has a colour or texture that no training clip has."""
+    colours, textures = moving_shapes.COLOURS, moving_shapes.TEXTURES
+    return any(thing.colour not in colours or thing.texture not in textures for thing in things)
