@@ -37,8 +37,7 @@ def fused_attention(q, k, v, mask=None):
 
 
 class MultiHeadAttention(nn.Module):
-    """Projections to and from the heads. Serves self-attention (context = x) and cross-attention (context =
-    text).
+    """Projections to and from the heads, for self-attention (context = x) and cross-attention.
 
     width: D, divisible by heads: H. context_width: the width of the context, D if not given. qk_norm:
     LayerNorm on the queries and keys of each head (Dehghani et al. 2023, arXiv 2302.05442); their product

@@ -25,8 +25,7 @@ from attention import MultiHeadAttention
 
 
 def modulate(x, shift, scale):
-    """adaLN: x (B, F, N, D), shift and scale (B, F or 1, 1, D), the same at every position. Returns (B, F, N,
-    D)."""
+    """adaLN: x (B, F, N, D); shift and scale (B, F or 1, 1, D), the same at every position → (B, F, N, D)."""
     return x * (1 + scale) + shift
 
 
@@ -66,8 +65,7 @@ POOLING = {"mean": mean_of_words, "last": last_word}
 def drop_captions(text, mask, dropped, null):
     """The caption, or the null text where `dropped` is True.
 
-    text (B, L, E), mask (B, L), dropped (B,), null (M, E). Returns text (B, max(L, M), E) and mask (B, max(L,
-    M))."""
+    text (B, L, E), mask (B, L), dropped (B,), null (M, E). Returns both, with max(L, M) tokens."""
     M = len(null)
     longest = max(M, text.shape[1])
     text = F.pad(text, (0, 0, 0, longest - text.shape[1]))  # (B, max(L, M), E)
@@ -111,8 +109,7 @@ class TextCondition(nn.Module):
 
 
 class LabelCondition(nn.Module):
-    """A class label → a vector for adaLN. The last row of the table is the null label (DiT's label
-    dropout)."""
+    """A class label → a vector for adaLN. The last row of the table is the null label, as in DiT."""
 
     def __init__(self, classes, width):
         super().__init__()

@@ -25,8 +25,7 @@ def gaussian(shape, generators):
 
 
 def split_channels(output, x):
-    """A network's output → its first C channels, C as in x (…, C, h, w), and the rest: those of a learned
-    variance."""
+    """A network's output → C channels, as many as x has, and the others, those of a learned variance."""
     C = x.shape[-3]
     return output[..., :C, :, :], output[..., C:, :, :]
 
@@ -146,8 +145,7 @@ class Diffusion:
 
 
 def predict(model, diffusion, x, t):
-    """Calls the model at one timestep t, a number, for the whole batch. Returns x_0, ε, and the channels of a
-    learned variance."""
+    """Calls the model at a timestep t, a number. Returns x_0, ε, and the channels of a learned variance."""
     t = torch.full((len(x),), t, device=x.device)  # (B,)
     prediction, extra = split_channels(model(x, t), x)
     x0, noise = diffusion.x0_and_noise(x, prediction, t)
@@ -160,8 +158,8 @@ def ddpm(model, diffusion, x, steps, generators):
         x_s = mean of q(x_s | x_t, x_0) + sqrt(variance) · noise
 
     The variance is the lower bound β̃, or the learned one, of the chain of the steps taken (Nichol & Dhariwal
-    2021, section 4). The predicted x_0 is not clipped: latents have no bounds, and DiT does not clip either.
-    The last step adds no noise."""
+    2021, section 4). The predicted x_0 is not clipped, for latents have no bounds. The last step adds no
+    noise."""
     times = diffusion.timesteps(steps)
     for t, s in zip(times, times[1:] + [-1]):
         x0, _, extra = predict(model, diffusion, x, t)
@@ -216,13 +214,11 @@ def dpm_solver(model, diffusion, x, steps, generators=None):
 
 
 def dpm_sde(model, diffusion, x, steps, generators):
-    """SDE-DPM-Solver++(2M) (the same paper): the same for the reverse process that adds noise as it goes,
-    which forgets x_t twice as fast.
+    """SDE-DPM-Solver++(2M) (the same paper): the same for the process that adds noise as it goes.
 
         x_s = σ_s/σ_t e^-h · x_t - α_s (e^-2h - 1) · D + σ_s sqrt(1 - e^-2h) · noise,    h and D as above
 
-    An error of an early step, such as a thing begun in two places, is noised over and mended. The demo
-    samples by this."""
+    An error of an early step, such as a thing begun in two places, is noised over. The demo's sampler."""
     times = diffusion.timesteps(steps)
     x0_before = lambda_before = None
     for t, s in zip(times, times[1:] + [-1]):
@@ -246,8 +242,8 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver, "sde": dpm_sde}
 
 # ---------------------------------------------------------------------------------------------- guidance
 # Each function wraps model(x, t, **condition) and returns a model(x, t) for the samplers. A condition is a
-# dictionary of tensors with B rows, or of lists of such tensors. All C channels are guided; those of a learned
-# variance are the conditional pass's.
+# dictionary of tensors with B rows, or of lists of such tensors. All C channels are guided; those of a
+# learned variance are the conditional pass's.
 
 
 def classifier_free_guidance(model, condition, null, scale, rescale=0.0, interval=(0.0, 1.0), steps=1000):
@@ -325,14 +321,13 @@ def rescaled(guided, plain, share):
 
 
 # ----------------------------------------------------------- learned variance: skip this on a first reading
-# The network has C more channels: where the log-variance of a reverse step lies between its two bounds, log β̃
-# and log β (Nichol & Dhariwal 2021, equation 15).
+# The network has C more channels: where the log-variance of a reverse step lies between its two bounds,
+# log β̃ and log β (Nichol & Dhariwal 2021, equation 15).
 
 
 def reverse_step(diffusion, x0, x, t, s):
     """q(x_s | x_t, x_0) for s < t: its mean (B, C, h, w) and the two bounds of its log-variance, log β̃ and
-    log β (Ho et al. 2020, equations 6 and 7, for any two timesteps). t and s (B,) or (B, F); s = -1 is the
-    clean latent."""
+    log β (Ho et al. 2020, equations 6 and 7). t and s (B,) or (B, F); s = -1 is the clean latent."""
     alpha_bar = torch.cat([diffusion.alpha_bar, torch.ones(1, dtype=torch.float64)])  # index -1: clean
     now = expand(look_up(alpha_bar, t), x)
     then = expand(look_up(alpha_bar, s), x)
@@ -350,9 +345,8 @@ def interpolated(low, high, extra):
 
 def variance_loss(diffusion, x0, x, prediction, extra, t):
     """What teaches the variance, (B,): the KL divergence between the true and the modelled reverse step, in
-    bits a dimension; at t = 0, where the true one has no variance, the negative log-likelihood of x_0. It is
-    weighted by steps / 1000, and no gradient reaches the mean through it (Nichol & Dhariwal 2021, section
-    3.1)."""
+    bits a dimension; at t = 0, where the true one has no variance, the negative log-likelihood of x_0. Its
+    weight is steps / 1000. No gradient reaches the mean (Nichol & Dhariwal 2021, section 3.1)."""
     mean, low, high = reverse_step(diffusion, x0, x, t, t - 1)
     predicted_x0, _ = diffusion.x0_and_noise(x, prediction, t)
     model_mean, _, _ = reverse_step(diffusion, predicted_x0, x, t, t - 1)

@@ -6,8 +6,7 @@ to each other and to the text. A linear layer turns every token back into a patc
     x (B, C, h, w) → patchify → tokens (B, N, D) → blocks → unpatchify → (B, C, h, w)
 
 A clip (B, F, C, h, w) has F·N tokens; a picture is a clip of one frame. Self-attention runs within a frame.
-Cross-attention runs over all frames, which share one caption. The temporal layers (temporal.py) link the
-frames.
+Cross-attention runs over all frames, which share one caption. Temporal attention links the frames.
 
 A block is four residual branches:
 
@@ -50,8 +49,7 @@ SIZES = {
 
 @dataclass
 class ModelConfig:
-    """All that is needed to build the model. It is saved with every model. `ModelConfig.of("XL", …)` starts
-    from a size."""
+    """All that is needed to build the model, saved with it. `ModelConfig.of("XL", …)` starts from a size."""
 
     depth: int = 6
     width: int = 192  # D
@@ -79,8 +77,7 @@ class ModelConfig:
 
 
 def patchify(x, patch):
-    """(B, C, h, w) → (B, N, P·P·C), N = (h/P)·(w/P), row by row. It only moves numbers. ValueError if P does
-    not divide."""
+    """(B, C, h, w) → (B, N, P·P·C), N = (h/P)·(w/P), row by row. ValueError if P does not divide h and w."""
     B, C, h, w = x.shape
     if h % patch or w % patch:
         raise ValueError(f"a latent of {h}×{w} cannot be cut into patches of {patch}×{patch}")
@@ -138,8 +135,7 @@ class MLP(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, temporal attention, MLP. text_width: E of the encoder that this block
-    reads."""
+    """The four branches above. text_width: E of the encoder that this block reads."""
 
     def __init__(self, config, text_width):
         super().__init__()
@@ -157,8 +153,7 @@ class Block(nn.Module):
 
     def forward(self, x, c, text, text_mask, positions=None, temporal_mask=None):
         """x (B, F, N, D); c (B, F or 1, D); text (B, L, E); text_mask (B, L), True = attend; of a video
-        model, positions (B, F, D) and temporal_mask (B·N, 1, F, F), as in temporal.py. Returns (B, F, N,
-        D)."""
+        model, positions (B, F, D) and temporal_mask (B·N, 1, F, F) of temporal.py. Returns (B, F, N, D)."""
         modulation = self.modulation(c).unsqueeze(2)  # (B, F or 1, 1, 6·D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (B, F or 1, 1, D) each
         y = modulate(self.norm1(x), shift1, scale1)
@@ -210,18 +205,15 @@ class GenTron(nn.Module):
         initialise(self)
 
     def forward(self, x, t, text, text_mask=None, dropped=None, motion_free=None, frame_numbers=None):
-        """The network's output for a batch of noisy latents.
+        """The network's output, (…, out_channels, h, w). ValueError if P does not divide h and w.
 
-        x            (B, C, h, w) pictures, or (B, F, C, h, w) clips
+        x            (B, C, h, w) noisy latents of pictures, or (B, F, C, h, w) of clips
         t            (B,) timesteps, or (B, F): one for each frame
         text         (B, L, E) for each encoder; or labels (B,), if the integration is "class"
         text_mask    (B, L) for each encoder, True = a word
         dropped      (B,) True = the null condition in place of text; None: nowhere
         motion_free  (B,) True = each frame attends to itself alone; None: nowhere
-        frame_numbers  (F,) which frames of a clip these are; None: the first F
-
-        Returns (…, out_channels, h, w). ValueError if P does not divide h and w.
-        """
+        frame_numbers  (F,) which frames of a clip these are; None: the first F"""
         clip = x if x.ndim == 5 else x.unsqueeze(1)  # (B, F, C, h, w)
         B, F, _, h, w = clip.shape
         P, D = self.config.patch, self.config.width

@@ -23,7 +23,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from attention import choose_attention
 from common import figures
+from common.files import newest_run
 from common.flags import flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of
 from data import folder
@@ -31,7 +33,7 @@ from diffusion import SAMPLERS
 from evaluation.judge import judge, judge_clip, look
 from evaluation.prompts import COLUMNS, motion_prompts, moving_prompts, only_in_pictures, prompts
 from evaluation.retrieval import retrieval
-from sample import Pipeline, choose_attention, newest_run
+from sample import Pipeline
 
 
 def with_mean(scores):

@@ -29,10 +29,11 @@ from torch import nn
 from attention import choose_attention
 from common import figures
 from common.figures import to_bytes
-from common.files import FORMAT, check_format
+from common.files import FORMAT, check_format, newest_run
 from common.flags import flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of, products_in
-from data.prompt_lists import output_of, progress, read_prompts, words_of, write_folder
+from data import prompt_lists
+from data.prompt_lists import words_of
 from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, gaussian, motion_free_guidance
 from dit import GenTron, ModelConfig
 from encoders import weights
@@ -74,8 +75,7 @@ class Pipeline(nn.Module):
 
     @property
     def trained_in(self):
-        """What hardware.precision_of takes: the processor that trained this model, and the precision chosen
-        there."""
+        """What hardware.precision_of takes: who trained this model, and in which precision."""
         return dict(processor=self.config.get("processor"), precision=self.config["flags"].get("precision"))
 
     def encode_text(self, captions):
@@ -147,8 +147,7 @@ class Pipeline(nn.Module):
         return sorted(set(words_of(prompt)) - set(known)) if known else []
 
     def save(self, path, state=None):
-        """Writes weights (`state`, if given, in place of the module's own), config and tokenizer to one
-        safetensors file."""
+        """Writes weights (or `state` in their place), config and tokenizer to one file."""
         state = dict(state or self.state_dict())
         if "published" in self.config:  # their folders are named in the config
             state = {name: tensor for name, tensor in state.items() if not name.startswith("text_encoders.")}
@@ -189,17 +188,7 @@ def generator_of(prompt, seed):
     return torch.Generator().manual_seed(int.from_bytes(key, "little"))
 
 
-def newest_run(stage="image"):
-    """The folder of the run whose model was written last. ValueError if there is none."""
-    found = sorted(Path("runs").glob(f"{stage}*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        hint = f"train one with `python train.py {stage}`, or name one: --checkpoint DIR"
-        raise ValueError(f"no run found in runs/: {hint}")
-    return found[-1].parent
-
-
-# -------------------------------------------------------------------------------------------------------- the
-# command
+# ------------------------------------------------------------------------------------------- the command
 
 
 @dataclass
@@ -228,33 +217,14 @@ class Flags:
     device: str = flag("auto", "auto, cpu, cuda, mps")
 
 
-def read_size(text):
-    """"64" or "48x80" → (height, width). ValueError unless both are multiples of 16."""
-    sides = text.split("x") * (1 if "x" in text else 2)
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) and int(side) % 16 == 0 for side in sides):
-        raise ValueError(f"--image-size {text}: must be a multiple of 16, or two, as 48x80 (height, width)")
-    return tuple(map(int, sides))
-
-
-def read_interval(text):
-    """"0.2,0.8" → (0.2, 0.8). ValueError unless it is two rising numbers from 0 to 1."""
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        low, high = 1.0, 0.0
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"--guide {text}: must be two rising numbers from 0 to 1, as 0.2,0.8")
-    return low, high
-
-
 def main(arguments):
     flags, _, prompts = read(Flags, arguments, "python sample.py", __doc__.partition("\n")[0], words="PROMPT")
     if flags.prompts:
-        prompts = prompts + read_prompts(flags.prompts)
+        prompts = prompts + prompt_lists.read_prompts(flags.prompts)
     if not prompts or not all(map(str.strip, prompts)):
         raise ValueError('no prompt: python sample.py "a red circle above a blue square", or --prompts FILE')
-    size = read_size(flags.image_size) if flags.image_size else None
-    interval = read_interval(flags.guide)
+    size = prompt_lists.read_size(flags.image_size) if flags.image_size else None
+    interval = prompt_lists.read_interval(flags.guide)
     folder = flags.checkpoint or newest_run("video" if flags.frames else "image")
     device = device_of(flags.device)
     model = Pipeline.load(folder, clip=flags.clip, t5=flags.t5).to(device)
@@ -262,7 +232,7 @@ def main(arguments):
     choose_attention(model, flags.attention, device)
     clips = model.transformer.config.temporal
     into_folder = flags.prompts and not flags.grid
-    out = output_of(flags.out, into_folder, clips)
+    out = prompt_lists.output_of(flags.out, into_folder, clips)
     for prompt in prompts:
         if unknown := model.unknown_words(prompt):
             print(f'note: in "{prompt}" no training caption had: {", ".join(unknown)}', file=sys.stderr)
@@ -275,10 +245,12 @@ def main(arguments):
     source = f"from {folder}, {model.precision} products"
     if into_folder:
         samples = [(prompt, flags.seed + k) for prompt in prompts for k in range(flags.per_prompt)]
-        new, count = write_folder(draw, samples, out / "samples", flags.batch_size, clips, flags.fps)
-        print(f"{new} new of {count} {kind}s {source} → {out / 'samples'}")
+        out = out / "samples"
+        new, count = prompt_lists.write_folder(draw, samples, out, flags.batch_size, clips, flags.fps)
+        print(f"{new} new of {count} {kind}s {source} → {out}")
         return
-    batches = (prompts[i : i + flags.batch_size] for i in progress(len(prompts), flags.batch_size))
+    starts = prompt_lists.progress(len(prompts), flags.batch_size)
+    batches = (prompts[i : i + flags.batch_size] for i in starts)
     done = torch.cat([draw(batch, [flags.seed] * len(batch)) for batch in batches])
     out.parent.mkdir(parents=True, exist_ok=True)
     if clips:

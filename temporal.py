@@ -1,5 +1,4 @@
-"""How motion enters (paper, section 3.3): temporal self-attention in every block, and a mask that takes
-motion out again.
+"""How motion enters (paper, section 3.3): temporal self-attention, and a mask that takes motion out again.
 
     x ← x + TempSelfAttn(LN(x)):    (b f) n d → (b n) f d, attention over the frames, (b n) f d → (b f) n d
 
@@ -9,17 +8,14 @@ video model is its image model, frame by frame.
 
 The *motion-free mask* is the F×F identity: each frame attends to itself alone, and a clip is F separate
 pictures. Training uses it on pictures that are repeated into still clips, so that motion becomes a condition
-that can be dropped, as a caption can. Sampling then turns motion up or down (`motion_free_guidance` in
-diffusion.py).
+that can be dropped, as a caption can. Sampling then turns motion up or down (diffusion.py).
 
 Ours, where the paper is silent: attention cannot tell a clip from its reverse unless frames have positions.
 We use sinusoids of the frame's number, in two places. They are added to what the attention reads. And an MLP,
 also zero at the start, adds them to the adaLN vector, where they meet the pooled text: "moving left" asks for
-the opposite in the first frame and in the last. A motion-free sample has no positions, for a picture has no
-place in a clip.
+the opposite in the first frame and in the last. A motion-free sample has no positions.
 
-Letters: B clips, F frames, N image tokens a frame, D width, c the adaLN vector. Masks are boolean: True =
-attend.
+Letters: B clips, F frames, N image tokens a frame, D width, c the adaLN vector. Masks: True = attend.
 """
 import torch
 from torch import nn

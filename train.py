@@ -10,7 +10,6 @@ training/recipes.py. Under torchrun many processes share the work (training/dist
 
 Letters: B batch, F frames, K frames seen by a step, C latent channels, x0 clean latent, t timestep.
 """
-import dataclasses
 import json
 import math
 import os
@@ -18,25 +17,23 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from common import figures
 from common.figures import from_bytes, to_bytes
 from common.files import FORMAT, print_left_out
 from common.flags import run_command
-from common.flops import Flops
-from common.hardware import DTYPES, device_of, matmul_rate, precision_of, processor, products_in
+from common.hardware import DTYPES, device_of, matmul_rate, precision_of, products_in
 from data import clips, folder
 from data.latent_cache import LatentCache
 from data.tar_shards import TarShards
 from diffusion import gaussian
 from dit import SIZES
-from encoders.autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from encoders import autoencoders, weights
+from encoders.autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from evaluation import dry_run
 from training import checkpoints, distributed, models, tricks
 from training.batches import Step, encode_all, reader_of, share_out, steps_of
-from training.logging import Log, StopSignals, Window
+from training.logging import Log, StopSignals, Window, progress
 from training.optimizers import learning_rate, set_learning_rate, update_ema
 from training.recipes import numbers, read_flags
 from training.state import TrainingState
@@ -59,7 +56,10 @@ def diffusion_loss(model, x0, text, step, group, flags, motion_free=None, frame_
     dropped = torch.rand(step.count, generator=generator) < flags.caption_dropout
     dropped = tricks.in_groups(dropped, group, step.rows).to(model.device)  # (B,)
     noise = gaussian(x0.shape[1:], step.row_generators()).to(model.device)  # (B, [F,] C, h, w)
-    texts, masks = model.encode_text(text) if isinstance(text, list) else text
+    if isinstance(text, list):
+        texts, masks = model.encode_text(text)
+    else:
+        texts, masks = ([tensor.to(model.device) for tensor in part] for part in text)
 
     def predict(x, t):
         return model.transformer(x, t, texts, masks, dropped, motion_free, frame_numbers)
@@ -74,19 +74,20 @@ def diffusion_loss(model, x0, text, step, group, flags, motion_free=None, frame_
 def fit(flags, model, read, batch_loss, preview, save):
     """The loop of all stages.
 
-    read(step) → a batch of the step's rows; its first item names them. batch_loss(batch, step) → losses (B,)
-    and noise levels (B,) or None. preview() → a picture of what the model does now. save(state) writes the
-    model from whole tensors. ValueError if the batch cannot be shared out, or the gradient is not finite for
-    --patience steps in a row."""
+    read(step) → a batch, whose first item names its samples. batch_loss(batch, step) → losses (B,) and noise
+    levels (B,) or None. preview() → a picture of what the model does now. save(state) writes the model from
+    whole tensors. ValueError if the gradient is not finite for --patience steps in a row."""
     run, device = Path(flags.out), next(model.parameters()).device
     (run / "samples").mkdir(parents=True, exist_ok=True)
-    state = TrainingState(model, flags.optimizer, flags.lr, flags.weight_decay, DTYPES[flags.precision])
+    state = TrainingState(model, flags.optimizer, flags.lr, flags.weight_decay, flags.precision)
     first = state.load(run, flags) if flags.resume else 0
-    averaging, log = distributed.Averaging(model), Log(run, first)
+    averaging = distributed.Averaging(model)
+    log = Log(run, first)
     parts = lambda number: steps_of(flags.seed, number, flags.batch_size, flags.accumulate)
-    flops = flags.accumulate * flops_of(model, read, batch_loss, parts(first)[0], flags.precision, averaging)
-    window = Window(flops, matmul_rate(device, DTYPES[flags.precision]), flags.batch_size, device)
-    bar = progress(run, state, first, flags.steps, flags.precision, device)
+    flops = state.flops(read, batch_loss, parts(first)[0], averaging)
+    rate = matmul_rate(device, DTYPES[flags.precision])
+    window = Window(flags.accumulate * flops, rate, flags.batch_size, device)
+    bar = progress(f"{run}: {state.size()}, {flags.precision} products", first, flags.steps)
     with StopSignals() as signals:
         for number in bar:
             # forward and backward, in parts if --accumulate
@@ -102,11 +103,11 @@ def fit(flags, model, read, batch_loss, preview, save):
             # clip, step, average; a gradient that is not finite, on any process, changes nothing
             norm = torch.nn.utils.clip_grad_norm_(state.weights.values(), flags.max_norm)
             norm = distributed.whole(norm).item()
-            rate = flags.lr * learning_rate(number, flags.steps, flags.warmup, flags.cooldown)
+            lr = flags.lr * learning_rate(number, flags.steps, flags.warmup, flags.cooldown)
             done = number + 1
             if math.isfinite(norm):
-                set_learning_rate(state.optimizers, rate)
                 for optimizer in state.optimizers:
+                    set_learning_rate(optimizer, lr)
                     optimizer.step()
                 update_ema(state.ema, state.weights, flags.ema, number)
             model.zero_grad(set_to_none=True)
@@ -115,64 +116,21 @@ def fit(flags, model, read, batch_loss, preview, save):
             stopped = signals.on_any_rank()
             last = done == flags.steps or stopped
             if done % flags.log_every == 0 or last:
-                window.write(log, bar, done, norm, rate)
+                window.write(log, bar, done, norm, lr)
             if done % flags.checkpoint_every == 0 or last:
-                made_by = dataclasses.asdict(flags) | dict(processor=processor(device))
-                state.save(run, done, made_by, flags.keep)
-                export(state, save, log)
+                state.save(run, done, flags)
+                state.export(save, log)
             if stopped and done < flags.steps:
                 bar.close()
-                again = "Go on with the same command and --resume"
-                print(f"stopped after step {done}, with a checkpoint. {again}")
+                print(f"stopped after step {done}. Go on with the same command and --resume")
                 sys.exit(0)
             if flags.sample_every > 0 and (done % flags.sample_every == 0 or last):
-                show(state, preview, run / "samples", done)
+                state.show(preview, run / "samples", done)
     if first == flags.steps:  # the run may have ended between its last checkpoint and its model
-        export(state, save, log)
+        state.export(save, log)
     state.copy_ema()
-    log.summarise(window.rate)
+    log.summarise(rate)
     return log
-
-
-def flops_of(model, read, batch_loss, step, precision, averaging):
-    """FLOPs of a forward and a backward pass, in a pass of its own, uncompiled: what a counter meets first
-    would never be compiled. With --checkpointing, what is computed twice counts twice."""
-    with torch.compiler.set_stance("force_eager"), Flops() as counter:
-        with products_in(precision, next(model.parameters()).device):
-            losses, _ = batch_loss(read(step), step)
-        losses.float().mean().backward()
-    averaging.wait()
-    model.zero_grad(set_to_none=True)
-    return counter.total
-
-
-def progress(run, state, first, steps, precision, device):
-    """Prints a run's first line, and returns its bar."""
-    count = sum(p.numel() for p in state.weights.values()) / 1e6
-    print(f"{run}: {count:.1f}M trained parameters on {device}, {precision} products, steps {first}…{steps}")
-    hidden = None if distributed.rank() == 0 else True
-    return tqdm(range(first, steps), initial=first, total=steps, mininterval=1, disable=hidden)
-
-
-def export(state, save, log):
-    """Writes the run's model and curves. Every rank takes part, since each may hold a share of the
-    weights."""
-    whole = state.whole_model()
-    if distributed.rank() == 0:
-        save(whole)
-        log.draw()
-
-
-def show(state, preview, samples, step):
-    """Two previews: of the EMA weights, and of the raw ones. Few and small batches need not wait for a
-    compiler."""
-    with torch.compiler.set_stance("force_eager"):
-        with state.averaged():
-            averaged = preview()
-        raw = preview()
-    if distributed.rank() == 0:
-        averaged.save(samples / f"{step:06d}.png")
-        raw.save(samples / f"{step:06d}-raw.png")
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -274,7 +232,7 @@ def train_image(flags):
 def train_video(flags):
     """Joint image–video training (paper, section 3.3). With probability p_motion_free a sample is a picture,
     repeated into a still clip under the motion-free mask; else it is a clip. Captions are dropped
-    independently of that, so that all that guidance asks for is trained: text and motion, motion alone,
+    independently of that, so all that guidance asks for is trained: text and motion, motion alone,
     neither."""
     films = clips.load(flags.clips, flags.image_size, flags.frames, flags.fps, flags.seed)
     print_left_out(films.skipped, len(films))

@@ -1,4 +1,5 @@
-"""Results as pictures: a grid with captions, clips as animations and contact sheets, and curves. Pillow does the drawing."""
+"""Results as pictures: a grid with captions, clips as animations and contact sheets, and curves. Pillow does
+the drawing."""
 import shutil
 import subprocess
 import textwrap
@@ -20,7 +21,9 @@ def grid(pictures, captions=None, columns=None, zoom=2):
     lines = [textwrap.wrap(caption, max(8, width // 6)) for caption in captions or [""] * B]
     foot = 13 * max(map(len, lines)) + (6 if captions else 0)
     pad = 4
-    sheet = Image.new("RGB", (columns * (width + pad) + pad, -(-B // columns) * (height + foot + pad) + pad), "white")
+    rows = -(-B // columns)
+    size = columns * (width + pad) + pad, rows * (height + foot + pad) + pad
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
         x, y = pad + i % columns * (width + pad), pad + i // columns * (height + foot + pad)
@@ -35,25 +38,29 @@ ANIMATED = (".gif", ".webp", ".mp4")
 
 
 def animation(clips, captions, fps, path, zoom=2):
-    """(B, F, 3, S, S) uint8 → one animated grid, written to path (.gif, .webp, or through the program ffmpeg .mp4).
-    ValueError if the program is needed and missing, or fails."""
+    """(B, F, 3, S, S) uint8 → one animated grid, written to path (.gif, .webp, or through the program ffmpeg
+    .mp4). ValueError if the program is needed and missing, or fails."""
     columns = min(len(clips), 6)
     frames = [grid(clips[:, i], captions, columns, zoom) for i in range(clips.shape[1])]
     if path.suffix != ".mp4":
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0, lossless=True)
+        more = dict(append_images=frames[1:], duration=1000 // fps, loop=0, lossless=True)
+        frames[0].save(path, save_all=True, **more)
         return
     if shutil.which("ffmpeg") is None:
-        raise ValueError(f"{path}: to write mp4 install the program ffmpeg (on Debian: apt-get install ffmpeg)")
+        raise ValueError(f"{path}: for mp4 install the program ffmpeg (on Debian: apt-get install ffmpeg)")
     width, height = frames[0].size
-    command = ["ffmpeg", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps),
-               "-i", "-", "-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p", str(path)]  # fmt: skip
-    result = subprocess.run(command, input=b"".join(frame.tobytes() for frame in frames), capture_output=True)
+    read = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p"]
+    command = ["ffmpeg", "-v", "error", "-y", *read, *even, str(path)]
+    result = subprocess.run(command, input=b"".join(map(Image.Image.tobytes, frames)), capture_output=True)
     if result.returncode:
-        raise ValueError(f"ffmpeg cannot write {path}: {result.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+        reason = result.stderr.decode(errors="replace").strip().splitlines()[-1]
+        raise ValueError(f"ffmpeg cannot write {path}: {reason}")
 
 
 def sheet(clips, captions, zoom=1):
-    """(B, F, 3, S, S) uint8 → one Pillow image: a row a clip, its frames from left to right, its caption below."""
+    """(B, F, 3, S, S) uint8 → one Pillow image: a row a clip, its frames from left to right, its caption
+    below."""
     rows = [grid(clip, columns=len(clip), zoom=zoom) for clip in clips]
     width, height = rows[0].size
     image = Image.new("RGB", (width, (height + 16) * len(rows)), "white")
@@ -73,7 +80,8 @@ def side_by_side(images):
 
 
 def curves(series, title, size=(720, 360), logarithmic=True):
-    """{name: (x values, y values)} → a Pillow image of lines over a logarithmic y axis, or a linear one from 0 to at least 1."""
+    """{name: (x values, y values)} → a Pillow image of lines over a logarithmic y axis, or a linear one from
+    0 to at least 1."""
     width, height = size
     left, right, top, bottom = 64, width - 16, 36, height - 32
     image = Image.new("RGB", size, "white")
@@ -94,7 +102,9 @@ def curves(series, title, size=(720, 360), logarithmic=True):
         value = y_low + share * (y_high - y_low)
         pen.line([(left, y), (right, y)], fill=(225, 225, 225))
         pen.text((6, y - 7), f"{10**value if logarithmic else value:.3g}", fill="black", font=font())
-        pen.text((left + share * (right - left) - 10, bottom + 8), f"{x_low + share * (x_high - x_low):{'.0f' if logarithmic else '.3g'}}", fill="black", font=font())
+        x = x_low + share * (x_high - x_low)
+        label = f"{x:.0f}" if logarithmic else f"{x:.3g}"
+        pen.text((left + share * (right - left) - 10, bottom + 8), label, fill="black", font=font())
     palette = [(30, 90, 200), (220, 60, 40), (40, 150, 70), (150, 60, 180), (230, 140, 20), (20, 160, 170)]
     end = right  # of the next name, in the line of the title
     for i, (name, (x, y)) in reversed(list(enumerate(series.items()))):

@@ -32,8 +32,18 @@ FORMAT = 1  # of models and checkpoints: what their tensors and settings are cal
 
 
 def check_format(path, number):
-    """ValueError, naming the file, unless this code reads files of the format `number` (None: there was none yet)."""
+    """ValueError, naming the file, unless this code reads files of the format `number` (None: there was none
+    yet)."""
     if number is None:
-        raise ValueError(f"{path} was made by an earlier version of this code, whose names have changed: train it again")
+        raise ValueError(f"{path} was made by an earlier version of this code: train it again")
     if int(number) > FORMAT:
-        raise ValueError(f"{path} has format {number}, made by a later version of this code, which reads up to {FORMAT}")
+        raise ValueError(f"{path} has format {number}; this code reads up to {FORMAT}")
+
+
+def newest_run(stage="image"):
+    """The folder of the run whose model was written last. ValueError if there is none."""
+    found = sorted(Path("runs").glob(f"{stage}*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        hint = f"train one with `python train.py {stage}`, or name one: --checkpoint DIR"
+        raise ValueError(f"no run found in runs/: {hint}")
+    return found[-1].parent

@@ -1,12 +1,13 @@
 """The machine that a command runs on: which device, and in which precision it multiplies.
 
-    fp32    products are computed in fp32, on every processor: torch's own setting, "highest", which no file here changes
-    bf16    products are computed in bf16 and summed in fp32 (torch.autocast); weights, residuals and samplers stay in fp32
-    auto    bf16 where this machine multiplies it faster than fp32, which is measured once; a run keeps what was chosen
+    fp32    products are computed in fp32 on every processor: torch's default, which no file here changes
+    bf16    products are computed in bf16 (torch.autocast); weights and samplers stay in fp32
+    auto    bf16 where this machine multiplies it faster; measured once, and kept with the run
 """
 import functools
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -17,15 +18,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device_of(name="auto"):
-    """"auto", or a device's name as torch writes it → torch.device; auto is cuda, else mps, else cpu. ValueError if this
-    machine does not have the named one."""
+    """"auto", or a device's name as torch writes it → torch.device; auto is cuda, else mps, else cpu.
+    ValueError if this machine does not have the named one."""
     if name == "auto":
-        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of this process on its machine
-        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's number of this process
+        elif torch.backends.mps.is_available():
+            name = "mps"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: not to be had on this machine with this build of torch; try cpu") from None
+        hint = "not to be had on this machine with this build of torch; try cpu"
+        raise ValueError(f"--device {name}: {hint}") from None
 
 
 def processor(device):
@@ -33,11 +38,10 @@ def processor(device):
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if device.type == "cpu" and cpuinfo.exists() else []
-    known_by = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    name = next((line.partition(": ")[2] for line in known_by if line.startswith("model name")), platform.processor())
-    bf16 = any(feature in line for line in known_by for feature in ("avx512_bf16", "amx_bf16", "bf16 "))
-    return f"{name or device.type}{', bf16 instructions' * bf16}, torch {torch.__version__}"
+    text = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    bf16 = ", bf16 instructions" if "bf16" in text else ""
+    return f"{name[1] if name else platform.processor() or device.type}{bf16}, torch {torch.__version__}"
 
 
 @functools.cache
@@ -54,15 +58,15 @@ def matmul_rate(device, dtype):
 
 
 def faster_precision(device):
-    """"bf16" or "fp32", whichever products are computed faster in. With instructions for it, bf16 is faster by far; without,
-    slower by far."""
+    """"bf16" or "fp32", whichever products are computed faster in. With instructions for it, bf16 is faster
+    by far; without, slower by far."""
     faster = matmul_rate(device, torch.bfloat16) > matmul_rate(device, torch.float32)
     return "bf16" if faster else "fp32"
 
 
 def precision_of(precision, device, chosen=None):
-    """--precision → "fp32" or "bf16". chosen: {"processor", "precision"} of the run that this goes on with or draws from: on
-    the same processor "auto" is what it was. ValueError for another name."""
+    """--precision → "fp32" or "bf16". chosen: {"processor", "precision"} of the run that this goes on with or
+    draws from: on the same processor "auto" is what it was. ValueError for another name."""
     if precision not in PRECISIONS:
         raise ValueError(f"--precision {precision}: not one of {', '.join(PRECISIONS)}")
     if precision != "auto":

@@ -23,6 +23,25 @@ def read_prompts(path):
     return [line.strip() for line in lines]
 
 
+def read_size(text):
+    """"64" or "48x80" → (height, width). ValueError unless both are multiples of 16."""
+    sides = text.split("x") * (1 if "x" in text else 2)
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) and int(side) % 16 == 0 for side in sides):
+        raise ValueError(f"--image-size {text}: must be a multiple of 16, or two, as 48x80 (height, width)")
+    return tuple(map(int, sides))
+
+
+def read_interval(text):
+    """"0.2,0.8" → (0.2, 0.8). ValueError unless it is two rising numbers from 0 to 1."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"--guide {text}: must be two rising numbers from 0 to 1, as 0.2,0.8")
+    return low, high
+
+
 def file_name(prompt, number, suffix):
     """PROMPT_NUMBER.png. The scripts split at "_", so slashes and underscores become spaces. A long prompt is
     cut."""

@@ -1,1 +1,1 @@
-"""The judge of evaluate.py, the benchmark of speed, the dry run, and the published DiT."""
+"""What measures: the benchmark's prompts and judge, retrieval, speed, the dry run, and the published DiT."""

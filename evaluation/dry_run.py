@@ -2,7 +2,7 @@
 
     python train.py image --size G/2 --batch-size 2048 --checkpointing --dry-run 64
 
-One step runs on the *meta* device, whose tensors have a shape and no data: that takes seconds, on any machine.
+One step runs on the *meta* device, whose tensors have a shape and no data: it takes seconds, on any machine.
 Memory is counted as the step runs: a tensor's bytes are added when it is made and taken off when it is freed.
 Weights, gradients, optimizer state and EMA are in fp32 and divided among the GPUs, or among --shard of them.
 Each GPU holds all of the frozen parts.

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from attention import choose_attention
 from common import figures
 from common.flags import flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of, products_in
 from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, gaussian
 from dit import SIZES, GenTron, ModelConfig, position_embedding
 from encoders import autoencoders
-from sample import choose_attention
 
 # (depth, width) → H, which no tensor tells
 HEADS = {(size["depth"], size["width"]): size["heads"] for size in map(SIZES.get, ("S", "B", "L", "XL"))}

@@ -207,5 +207,5 @@ def test_lists_of_prompts_become_the_folder_that_t2i_compbench_reads(run, tmp_pa
 
 def test_any_aspect_ratio(run):
     model = Pipeline.load(run)
-    assert sample.read_size("48x80") == (48, 80) and sample.read_size("64") == (64, 64)
+    assert prompt_lists.read_size("48x80") == (48, 80) and prompt_lists.read_size("64") == (64, 64)
     assert model.generate(CAPTIONS[:1], steps=2, size=(48, 80)).shape == (1, 3, 48, 80)

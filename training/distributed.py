@@ -11,8 +11,8 @@ gradients' average.
     --shard 1    every rank has the whole model; `Averaging` averages the gradients
 
 FSDP costs Python some 3 ms a block and step while the GPU idles; if the model fits on one GPU, use --shard 1.
-Without torchrun there is one process and the same code. A sharded weight is a DTensor, which optimizers, norms
-and EMA take as they take any tensor.
+Without torchrun there is one process and the same code. A sharded weight is a DTensor, which optimizers,
+norms and EMA take as they take any tensor.
 """
 import os
 import sys

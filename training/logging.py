@@ -11,6 +11,7 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from common import figures
 from training import distributed
@@ -136,6 +137,13 @@ class Window:
         )
         bar.set_postfix(loss=f"{loss:.4f}", mfu=f"{mfu:.2f}", refresh=False)
         self.clear()
+
+
+def progress(title, first, steps):
+    """Prints a run's first line. Returns the numbers of its steps, with a bar on rank 0."""
+    print(f"{title}, steps {first}…{steps}")
+    hidden = None if distributed.rank() == 0 else True
+    return tqdm(range(first, steps), initial=first, total=steps, mininterval=1, disable=hidden)
 
 
 def by_bin(values, shares, bins=4):

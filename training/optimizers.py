@@ -82,10 +82,9 @@ def learning_rate(step, steps, warmup, cooldown):
     return min(1.0, (step + 1) / (warmup + 1), left)
 
 
-def set_learning_rate(optimizers, lr):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import checkpoints  # noqa: E402
-import shapes  # noqa: E402
-import weights  # noqa: E402
+from training import checkpoints  # noqa: E402
+from data import shapes  # noqa: E402
+from encoders import weights  # noqa: E402
 
 FLAGS = ["--image-size", "32", "--batch-size", "4", "--steps", "400", "--checkpoint-every", "5", "--sample-every", "-1",
          "--precision", "fp32"]  # fmt: skip
