@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+from common.files import check_format
 from encoders import weights
 from encoders.autoencoder import Autoencoder, AutoencoderConfig
 from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, load_published
@@ -24,6 +25,7 @@ def load(folder):
         advice = "train one with `python train.py autoencoder`"
         raise ValueError(f"--autoencoder {folder}: no model.safetensors there; {advice}")
     tensors, metadata = weights.read(path)
+    check_format(path, metadata.get("format"))
     try:
         config = json.loads(metadata["config"])
         model = build(config["autoencoder"])

@@ -16,6 +16,7 @@ from oracles import clip, oracle, save, shake, t5
 
 import train
 from common.figures import from_bytes
+from common.files import FORMAT
 from data import latent_cache, shapes
 from data.folder import Folder
 from data.latent_cache import LatentCache, check, fingerprint
@@ -50,7 +51,7 @@ def root(tmp_path_factory, byte_pairs):
 def write_mini(model, folder):
     model.shift.copy_(torch.linspace(-1, 1, 4))
     model.scale.fill_(1.7)
-    metadata = dict(config=json.dumps(dict(autoencoder=vars(model.config))))
+    metadata = dict(config=json.dumps(dict(autoencoder=vars(model.config))), format=str(FORMAT))
     weights.write(folder / "model.safetensors", model.state_dict(), metadata)
 
 

@@ -7,6 +7,7 @@ from conftest import fake_cuda, rounding
 from oracles import oracle, shake
 from torch._subclasses import FakeTensorMode
 
+from common.files import FORMAT
 from encoders import weights
 from encoders.autoencoder import Autoencoder, AutoencoderConfig
 from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, fade, tile_starts
@@ -199,7 +200,7 @@ def test_a_pickle_runs_nothing(folder):
 def test_a_runs_folder_loads_as_before(tmp_path):
     model = Autoencoder(AutoencoderConfig(4, 16, 1))
     assert not any("shortcut" in name for name in model.state_dict()) and len(model.state_dict()) == 54
-    metadata = dict(config=json.dumps(dict(autoencoder=vars(model.config))))
+    metadata = dict(config=json.dumps(dict(autoencoder=vars(model.config))), format=str(FORMAT))
     weights.write(tmp_path / "model.safetensors", model.state_dict(), metadata)
     again = load(tmp_path)
     assert type(again) is Autoencoder and again.config == model.config
