@@ -4,8 +4,8 @@
     cross-attention  image tokens are queries, text tokens are keys and values; adaLN stays, with the same c
     class            c = time embedding + label embedding: DiT (arXiv 2212.09748), where the paper starts
 
-Several encoders may read a caption. Then the blocks take turns (*interleaving*): block k attends to the
-tokens of encoder k modulo their number; in c, the pooled texts of all encoders are added.
+Several encoders may read a caption. Then the blocks take turns (*interleaving*): block k attends to encoder
+number k modulo the number of encoders; in c, the pooled texts of all encoders are added.
 
 Ours, where the paper is silent:
 - The *null text* of classifier-free guidance (Ho & Salimans 2022) is a few learned tokens in each encoder's
@@ -15,7 +15,7 @@ Ours, where the paper is silent:
 - Cross-attention is a plain pre-norm residual branch without a gate, as in PixArt-α.
 
 Letters: B batch, F frames, N image tokens a frame, L text tokens, M null tokens, E width of an encoder, D
-width, c the adaLN vector. Masks are boolean: True = a word to attend, False = padding.
+width, c the adaLN vector. Masks are boolean: True = a token, False = padding.
 """
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def modulate(x, shift, scale):
 
 
 class CrossAttention(nn.Module):
-    """x ← x + CrossAttention(LN(x), text). All frames of a clip share one caption.
+    """The branch, added to x: x ← x + Attention(LN(x), text). All F·N tokens of a clip share one caption.
 
     width: D; heads: H; text_width: E, from which keys and values are projected directly."""
 
@@ -40,26 +40,27 @@ class CrossAttention(nn.Module):
         self.attention = MultiHeadAttention(width, heads, text_width, qk_norm)
 
     def forward(self, x, text, mask):
-        """x (B, F, N, D), text (B, L, E), mask (B, L) → (B, F, N, D)."""
+        """x (B, F, N, D), text (B, L, E), mask (B, L), True = attend → x plus the branch, (B, F, N, D)."""
         y = self.norm(x).flatten(1, 2)  # (B, F·N, D)
         y = self.attention(y, text, mask[:, None, None, :])  # (B, F·N, D)
         return x + y.view_as(x)  # (B, F, N, D)
 
 
-def mean_of_words(text, mask):
-    """The mean over the words: text (B, L, E), mask (B, L) → (B, E). A text without words gives 0."""
+def masked_mean(text, mask):
+    """The mean over the tokens: text (B, L, E), mask (B, L) → (B, E). A text without any gives 0."""
     weight = mask.unsqueeze(-1).to(text.dtype)  # (B, L, 1)
     return (text * weight).sum(1) / weight.sum(1).clamp(min=1)  # (B, E)
 
 
-def last_word(text, mask):
-    """The last word: text (B, L, E), mask (B, L) → (B, E). A text without words gives its first token."""
+def last_token(text, mask):
+    """The last token, CLIP's end of text: text (B, L, E), mask (B, L) → (B, E); the first, if all is
+    padding."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(1)  # (B,)
     return text[torch.arange(len(text), device=text.device), last]  # (B, E)
 
 
-POOLING = {"mean": mean_of_words, "last": last_word}
+POOLING = {"mean": masked_mean, "last": last_token}
 
 
 def drop_captions(text, mask, dropped, null):

@@ -31,7 +31,7 @@ def split_channels(output, x):
 
 
 def expand(values, x):
-    """values (B,) or (B, F) → (B, 1, 1, 1) or (B, F, 1, 1, 1): as many dimensions as x has."""
+    """values (B,) or (B, F) → with dimensions of 1 appended until there are as many as x has."""
     return values.view(*values.shape, *[1] * (x.ndim - values.ndim))
 
 
@@ -47,8 +47,8 @@ class Diffusion:
 
     schedule: "linear" (β from 1e-4 to 0.02 over 1000 steps) or "cosine" (Nichol & Dhariwal 2021, equation
     17). target: "noise", "velocity" or "x0". learned_variance: the output has 2C channels (see the end of
-    this file). shift: above 1, training and sampling spend more of their timesteps at high noise: u → s u /
-    (1 + (s-1) u) with u = t / steps (Esser et al. 2024, equation 23). spacing: "trailing" or "even", as in
+    this file). shift: above 1, training and sampling spend more of their timesteps at high noise: u → k u /
+    (1 + (k-1) u) with u = t / steps (Esser et al. 2024, equation 23). spacing: "trailing" or "even", as in
     `timesteps`. ValueError for an unknown schedule, target or spacing.
     """
 
@@ -141,7 +141,8 @@ class Diffusion:
 
 # ---------------------------------------------------------------------------------------------- samplers
 # One signature: sampler(model, diffusion, x, steps, generators). x (B, C, h, w) is pure noise, the result is
-# x_0. model(x, t) is the network's output. generators, one a sample, serve samplers that add noise.
+# x_0. model(x, t), already guided, gives the network's output. generators, one a sample, serve samplers that
+# add noise.
 
 
 def predict(model, diffusion, x, t):
@@ -182,7 +183,7 @@ def ddim(model, diffusion, x, steps, generators=None):
         x = diffusion.add_noise(x0, noise, torch.tensor([s], device=x.device))
 
 
-def log_snr(diffusion, t):
+def alpha_sigma_lambda(diffusion, t):
     """α, σ and λ = log(α / σ) of a timestep t, as numbers."""
     alpha_bar = diffusion.alpha_bar[t].item()
     alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
@@ -193,7 +194,8 @@ def dpm_solver(model, diffusion, x, steps, generators=None):
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order, with one call a step.
 
         x_s = σ_s/σ_t · x_t - α_s (e^-h - 1) · D,    h = λ_s - λ_t
-        D = x_0 + h / (2 h_before) · (x_0 - x_0 before)
+        D = x_0 + h / (2 h_before) · (x_0 - x_0 before), where h_before is h of the step before; at first D =
+        x_0
 
     In λ = log(α/σ) the solution is an integral over the predicted x_0, which D extrapolates from the last two
     calls. The last step goes to σ = 0, where λ is infinite: it returns the predicted x_0."""
@@ -203,8 +205,8 @@ def dpm_solver(model, diffusion, x, steps, generators=None):
         x0, _, _ = predict(model, diffusion, x, t)
         if s < 0:
             return x0
-        _, sigma_t, lambda_t = log_snr(diffusion, t)
-        alpha_s, sigma_s, lambda_s = log_snr(diffusion, s)
+        _, sigma_t, lambda_t = alpha_sigma_lambda(diffusion, t)
+        alpha_s, sigma_s, lambda_s = alpha_sigma_lambda(diffusion, s)
         h = lambda_s - lambda_t
         D = x0
         if x0_before is not None:
@@ -225,8 +227,8 @@ def dpm_sde(model, diffusion, x, steps, generators):
         x0, _, _ = predict(model, diffusion, x, t)
         if s < 0:
             return x0
-        _, sigma_t, lambda_t = log_snr(diffusion, t)
-        alpha_s, sigma_s, lambda_s = log_snr(diffusion, s)
+        _, sigma_t, lambda_t = alpha_sigma_lambda(diffusion, t)
+        alpha_s, sigma_s, lambda_s = alpha_sigma_lambda(diffusion, s)
         h = lambda_s - lambda_t
         D = x0
         if x0_before is not None:

@@ -96,7 +96,7 @@ def unpatchify(x, patch, h, w):
 
 def sincos(position, width):
     """Sinusoids of a position (Vaswani et al. 2017): position (…) → (…, width), half sines, half cosines, at
-    frequencies that fall from 1 to 1/10000. width is even."""
+    frequencies that fall from 1 to nearly 1/10000. width is even."""
     half = width // 2
     share = torch.arange(half, device=position.device) / half
     frequency = torch.exp(-share * math.log(10000.0))  # (width/2,)
@@ -168,7 +168,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and the linear decoder: tokens (B, F, N, D) → patches (B, F, N, P·P·C)."""
+    """adaLN and the linear decoder: tokens (B, F, N, D) → patches (B, F, N, P·P·out_channels)."""
 
     def __init__(self, config):
         super().__init__()
@@ -178,7 +178,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):
         shift, scale = self.modulation(c).unsqueeze(2).chunk(2, dim=-1)  # (B, F or 1, 1, D) each
-        return self.linear(modulate(self.norm(x), shift, scale))  # (B, F, N, P·P·C)
+        return self.linear(modulate(self.norm(x), shift, scale))  # (B, F, N, P·P·out_channels)
 
 
 class GenTron(nn.Module):
@@ -210,7 +210,7 @@ class GenTron(nn.Module):
         x            (B, C, h, w) noisy latents of pictures, or (B, F, C, h, w) of clips
         t            (B,) timesteps, or (B, F): one for each frame
         text         (B, L, E) for each encoder; or labels (B,), if the integration is "class"
-        text_mask    (B, L) for each encoder, True = a word
+        text_mask    (B, L) for each encoder, True = a token
         dropped      (B,) True = the null condition in place of text; None: nowhere
         motion_free  (B,) True = each frame attends to itself alone; None: nowhere
         frame_numbers  (F,) which frames of a clip these are; None: the first F"""
@@ -241,8 +241,8 @@ class GenTron(nn.Module):
             inputs = y, c, texts[encoder], masks[encoder], positions, temporal_mask
             y = checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
 
-        y = self.final(y, c).flatten(0, 1)  # (B·F, N, P·P·C)
-        return unpatchify(y, P, h, w).view(*x.shape[:-3], -1, h, w)  # (B, [F,] C, h, w)
+        y = self.final(y, c).flatten(0, 1)  # (B·F, N, P·P·out_channels)
+        return unpatchify(y, P, h, w).view(*x.shape[:-3], -1, h, w)  # (B, [F,] out_channels, h, w)
 
 
 @torch.no_grad()

@@ -4,9 +4,9 @@
     python sample.py --frames 8 --lambda-t 7.5 --lambda-m 1.2 "a red circle moving left"
     python sample.py --prompts color_val.txt --per-prompt 10 --out color
 
-The command reads the newest run, or --checkpoint DIR. It writes a grid of pictures to samples.png. With
---frames it writes an animation to samples.gif (--out NAME.webp or NAME.mp4) and all frames of it to
-samples.png.
+The command reads the newest image run, with --frames the newest video run, or --checkpoint DIR. It writes a
+grid of pictures to samples.png. With --frames it writes an animation to samples.gif (--out NAME.webp or
+NAME.mp4) and all frames of it to samples.png.
 
 --prompts reads a list of prompts: one a line, as T2I-CompBench has them, or a table with tabs and a column
 "Prompt", as PartiPrompts. It writes OUT/samples/PROMPT_NUMBER.png, the folder that T2I-CompBench's scripts
@@ -75,7 +75,7 @@ class Pipeline(nn.Module):
 
     @property
     def trained_in(self):
-        """What hardware.precision_of takes: who trained this model, and in which precision."""
+        """What hardware.precision_of takes: which processor trained this model, in which precision."""
         return dict(processor=self.config.get("processor"), precision=self.config["flags"].get("precision"))
 
     def encode_text(self, captions):

@@ -27,8 +27,7 @@ def motion_free_mask(motion_free, frames, tokens):
     """The mask of temporal attention, in which every image token is a row of the batch: the F×F identity for
     the tokens of a motion-free sample, else all True. It is built once a forward pass, for all blocks.
 
-    motion_free (B,): True = each frame attends to itself alone. frames: F, tokens: N. Returns (B·N, 1, F,
-    F)."""
+    motion_free (B,): True = each frame attends to itself alone. frames: F. tokens: N. Returns (B·N, 1, F, F)."""
     identity = torch.eye(frames, dtype=torch.bool, device=motion_free.device)  # (F, F)
     mask = identity | ~motion_free[:, None, None]  # (B, F, F)
     return mask.repeat_interleave(tokens, dim=0).unsqueeze(1)  # (B·N, 1, F, F)
@@ -55,8 +54,8 @@ class TempSelfAttn(nn.Module):
         self.attention = MultiHeadAttention(width, heads, qk_norm=qk_norm)
 
     def forward(self, x, positions, mask):
-        """x (B, F, N, D); positions (B, F, D) of the frames; mask (B·N, 1, F, F), True = attend → (B, F, N,
-        D)."""
+        """x (B, F, N, D); positions (B, F, D), added after the LayerNorm, zero in motion-free samples; mask
+        (B·N, 1, F, F), True = attend → x plus the branch, (B, F, N, D)."""
         B, F, N, D = x.shape
         y = self.norm(x) + positions.unsqueeze(2).to(x.dtype)  # (B, F, N, D)
         y = y.transpose(1, 2).reshape(B * N, F, D)  # (b f) n d → (b n) f d

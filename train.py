@@ -44,10 +44,10 @@ from training.state import TrainingState
 def diffusion_loss(model, x0, text, step, group, flags, motion_free=None, frame_numbers=None):
     """The diffusion loss of a batch.
 
-    model: a Pipeline. x0 (B, [F,] C, h, w): clean latents. text: B captions, or what Pipeline.encode_text
-    makes of them. step: the Step that the batch belongs to; each `group` neighbours in it share timestep and
-    caption dropout. motion_free (B,), frame_numbers (F,): as in dit.py. Returns losses (B,) and noise levels
-    (B,) in 0…1, for the log."""
+    model: a Pipeline. x0 (B, [F,] C, h, w): clean latents. text: a list of B captions, or the (texts, masks)
+    of Pipeline.encode_text. step: the Step that the batch belongs to; each `group` neighbours in it share
+    timestep and caption dropout. motion_free (B,), frame_numbers (F,): as in dit.py. Returns losses (B,) and
+    noise levels (B,) in 0…1, for the log."""
     generator = step.generator("loss")
     t = model.diffusion.random_timesteps(step.count, generator)
     if x0.ndim == 5 and flags.own_timesteps:
@@ -122,11 +122,11 @@ def fit(flags, model, read, batch_loss, preview, save):
                 state.export(save, log)
             if stopped and done < flags.steps:
                 bar.close()
-                print(f"stopped after step {done}. Go on with the same command and --resume")
+                print(signals.report(done))
                 sys.exit(0)
             if flags.sample_every > 0 and (done % flags.sample_every == 0 or last):
                 state.show(preview, run / "samples", done)
-    if first == flags.steps:  # the run may have ended between its last checkpoint and its model
+    if first == flags.steps:  # it may have been killed before its model was written
         state.export(save, log)
     state.copy_ema()
     log.summarise(rate)
@@ -226,7 +226,7 @@ def train_image(flags):
     preview = lambda: figures.grid(model.generate(prompts), prompts)
     save = lambda state: model.save(f"{flags.out}/model.safetensors", state)
     fit(flags, model, read, batch_loss, preview, save)
-    print(f'image model → {flags.out}. Now: python sample.py "{prompts[0]}"')
+    print(f'image model → {flags.out}. Now: python sample.py --checkpoint {flags.out} "{prompts[0]}"')
 
 
 def train_video(flags):
@@ -238,7 +238,7 @@ def train_video(flags):
     print_left_out(films.skipped, len(films))
     if films.held:
         short = f"{films.held} of {len(films)} clips are shorter than {flags.frames} frames"
-        print(f"{short}: their last one is held")
+        print(f"{short}: their last frame is held")
     stills = folder.load(flags.data, flags.image_size, flags.seed)
     model = models.new_video_model(flags, films.captions)
     models.place(model, flags)
@@ -251,7 +251,7 @@ def train_video(flags):
     def read(step):
         generator = step.generator("batch")
         seen = tricks.frames_seen(step.number, flags.frames, curriculum, generator)  # (K,)
-        step = step.times(flags.frames // len(seen))  # as many frames in every step
+        step = step.times(flags.frames // len(seen))  # about as many frames in every step
         a = step.indices(len(moving), films.group)  # (B,)
         b = step.indices(len(still), stills.group)  # (B,)
         free = tricks.in_groups(torch.rand(step.count, generator=generator) < share, group, step.rows)  # (B,)
@@ -271,7 +271,7 @@ def train_video(flags):
     preview = lambda: figures.sheet(model.generate(prompts), prompts)
     save = lambda state: model.save(f"{flags.out}/model.safetensors", state)
     fit(flags, model, read, batch_loss, preview, save)
-    print(f'video model → {flags.out}. Now: python sample.py --frames {flags.frames} "{prompts[0]}"')
+    print(f'video model → {flags.out}. Now: python sample.py --checkpoint {flags.out} "{prompts[0]}"')
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -1,4 +1,4 @@
-"""Weights on disk: the safetensors format, without its package, and folders as published on the hub.
+"""Weights on disk: the safetensors format, read here so that no sixth package is needed; published folders.
 
 A file is 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and
 the tensors' bytes without gaps. Nothing in it can run code. The header's "__metadata__" holds strings.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from conditioning import mean_of_words
+from conditioning import masked_mean
 from dit import GenTron, ModelConfig, patchify, position_embedding, sincos, unpatchify
 
 SMALL = dict(depth=2, width=24, heads=3, channels=3, out_channels=3, text_widths=(10,), qk_norm=True)
@@ -133,10 +133,10 @@ def test_two_encoders_take_turns_in_the_blocks_and_are_added_in_the_vector():
         small(text_widths=(10, 14), pooling=("mean", "mean"))
 
 
-def test_mean_of_words_by_hand():
+def test_masked_mean_by_hand():
     text = torch.tensor([[[2.0], [4.0], [100.0]], [[1.0], [5.0], [9.0]]])
     mask = torch.tensor([[True, True, False], [False, False, False]])
-    assert mean_of_words(text, mask).tolist() == [[3.0], [0.0]]
+    assert masked_mean(text, mask).tolist() == [[3.0], [0.0]]
 
 
 def test_class_labels_take_the_place_of_text():

@@ -129,7 +129,7 @@ class TarReader:
         self.last = None  # (k, batch): a batch that is asked for twice is kept
 
     def indices(self, k):
-        """Of the k-th batch of this process: part k modulo --accumulate of a step."""
+        """The indices of the k-th part of this process; a step has --accumulate parts."""
         number, part = divmod(k, self.accumulate)
         own = self.dataset.indices_of(
             number, self.batch_size, self.seed, distributed.rank(), distributed.world()

@@ -24,7 +24,7 @@ from training import distributed
 # one process is what it then assumes, rightly
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-# Flags without which a run is not the same.
+# Flags that --resume must repeat.
 FIXED = (
     "size", "data", "cache", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer",
     "schedule", "target", "shift", "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal",

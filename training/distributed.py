@@ -39,11 +39,13 @@ def world():
 def start(device):
     """Joins the processes that torchrun started (does nothing without it), and returns this one's device. A
     process that waits ten minutes for another gives up, with an error."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    if "RANK" not in os.environ:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
     for harmless in ("DTensor random operators", "FSDP2-wrapped module"):
         warnings.filterwarnings("ignore", harmless)
     if rank() > 0:

@@ -183,6 +183,9 @@ class StopSignals:
     def on_any_rank(self):
         return distributed.total(self.asked) > 0
 
+    def report(self, step):
+        return f"stopped after step {step}, with a checkpoint. Go on with the same command and --resume"
+
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -50,7 +50,7 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             m = self.state[p]["momentum"]
-            m.lerp_(p.grad, 1 - group["momentum"])  # the sum above, but for a factor that UVᵀ does not see
+            m.lerp_(p.grad, 1 - group["momentum"])  # 0.05 times the m above; UVᵀ ignores scale
             updates.append(whole(torch.lerp(p.grad, m, group["momentum"])).flatten(1))
         updates = orthogonalise(torch.stack(updates).to(self.dtype)).to(params[0].dtype)  # (K, rows, columns)
         size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5

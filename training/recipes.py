@@ -44,7 +44,7 @@ class Flags:
 
     steps: int = flag(0, "0: the recipe's", low=0, group="optimizer")
     batch_size: int = flag(128, "samples a step, of all processes together", low=1)
-    optimizer: str = flag("muon", "muon: AdamW for what is no matrix", choices=("muon", "adamw"))
+    optimizer: str = flag("muon", "muon: in the blocks; AdamW for the rest", choices=("muon", "adamw"))
     lr: float = flag(3e-3, "the learning rate", low=0)
     warmup: int = flag(50, "steps of rising learning rate", low=0)
     cooldown: float = flag(0.4, "last share of the steps, of falling learning rate", low=0, high=1)
@@ -65,7 +65,7 @@ class Flags:
     device: str = flag("auto", "auto, cpu, cuda, mps", group="hardware")
     precision: str = flag("auto", "of products; auto: bf16 where it is faster", choices=PRECISIONS)
     attention: str = flag("auto", "auto: fused on a GPU", choices=("auto", "fused", "written"))
-    compile: bool = flag(False, "torch.compile each block: on a GPU 1.5 times as fast, after a minute")
+    compile: bool = flag(False, "torch.compile each block: on a GPU 1.5 times as fast, after half a minute")
     checkpointing: bool = flag(False, "keep each block's input alone: less memory, 1/3 slower")
     shard: int = flag(0, "torchrun: neighbours that share one copy of the model; 0: all", low=0)
     dry_run: str = flag("", "GPUS[,TFLOPS[,UTILISATION]]: print what the run needs on so many GPUs, and stop")

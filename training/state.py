@@ -65,8 +65,8 @@ class TrainingState:
         return f"{count / 1e6:.1f}M trained parameters on {self.device}"
 
     def flops(self, read, batch_loss, step, averaging):
-        """FLOPs of a forward and a backward pass, in a pass of its own, uncompiled: what a counter meets
-        first would never be compiled. With --checkpointing, what is computed twice counts twice."""
+        """FLOPs of a forward and a backward pass, in a pass of its own, uncompiled: a block that first runs
+        under the counter would stay uncompiled. With --checkpointing, what is computed twice counts twice."""
         with torch.compiler.set_stance("force_eager"), Flops() as counter:
             with products_in(self.precision, self.device):
                 losses, _ = batch_loss(read(step), step)

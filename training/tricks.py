@@ -16,7 +16,7 @@ def frames_seen(number, frames, curriculum, generator):
     """Which frames of a clip step `number` sees, (K,): the last frame alone, then two, then four, one from
     each K-th of the clip, then all. curriculum: for how many steps each of the first three lasts.
 
-    A whole clip shows which way it goes at all but the highest noise, so its words stay unused. Of the last
+    From a whole noisy clip the model sees the direction, so it need not read the word. Of the last
     frame alone, "moving left" tells where the thing is, and the image model knows such words."""
     for K, steps in zip((1, 2, 4), curriculum):
         if number < steps and K <= frames:

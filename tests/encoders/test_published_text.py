@@ -21,7 +21,7 @@ import transformers
 from oracles import CLIP, SPIECE, T5, clip, package, save, spread, t5, whole_clip
 
 from attention import fused_attention, use_attention, written_out_attention
-from conditioning import last_word
+from conditioning import last_token
 from encoders import weights
 from encoders.clip import BytePairs, CLIPConfig, CLIPTextEncoder, CLIPTokenizer, clip_name, load_clip, words
 from encoders.t5 import T5Config, Tokenizer, load_t5
@@ -63,7 +63,7 @@ def test_clip_gives_what_transformers_gives(tmp_path, byte_pairs, size, attend):
         unmasked = model(tokens)  # as many pipelines call it: the words see no padding either way
     close(hidden, theirs.last_hidden_state, mask)
     close(hidden, unmasked.last_hidden_state, mask)
-    close(last_word(hidden, mask), theirs.pooler_output)
+    close(last_token(hidden, mask), theirs.pooler_output)
 
 
 @pytest.mark.parametrize(
