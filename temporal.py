@@ -27,7 +27,7 @@ def motion_free_mask(motion_free, frames, tokens):
     """The mask of temporal attention, in which every image token is a row of the batch: the F×F identity for
     the tokens of a motion-free sample, else all True. It is built once a forward pass, for all blocks.
 
-    motion_free (B,): True = each frame attends to itself alone. frames: F. tokens: N. Returns (B·N, 1, F, F)."""
+    motion_free (B,): True = a frame sees itself alone. frames: F. tokens: N. Returns (B·N, 1, F, F)."""
     identity = torch.eye(frames, dtype=torch.bool, device=motion_free.device)  # (F, F)
     mask = identity | ~motion_free[:, None, None]  # (B, F, F)
     return mask.repeat_interleave(tokens, dim=0).unsqueeze(1)  # (B·N, 1, F, F)
