@@ -352,11 +352,12 @@ def variance_loss(diffusion, x0, x, prediction, extra, t):
     mean, low, high = reverse_step(diffusion, x0, x, t, t - 1)
     predicted_x0, _ = diffusion.x0_and_noise(x, prediction, t)
     model_mean, _, _ = reverse_step(diffusion, predicted_x0, x, t, t - 1)
-    log_variance = interpolated(low, high, extra)
+    first = expand(t == 0, x)
+    # ours: at t = 0 the variance is the upper bound, not the learned one (DiT's: a likelihood of 256 values)
+    log_variance = torch.where(first, high, interpolated(low, high, extra))
     square = (mean - model_mean).square()
     kl = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + square * (-log_variance).exp())
-    # ours: at t = 0 the variance is the upper bound, not the learned one (DiT's is a likelihood of 256 pixel
-    # values)
-    likelihood = 0.5 * (math.log(2 * math.pi) + high + (x0 - model_mean).square() * (-high).exp()) + 0 * extra
-    bits = torch.where(expand(t == 0, x), likelihood, kl).flatten(1).mean(1) / math.log(2)  # (B,)
+    error = (x0 - model_mean).square() * (-log_variance).exp()
+    likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + error)
+    bits = torch.where(first, likelihood, kl).flatten(1).mean(1) / math.log(2)  # (B,)
     return diffusion.steps / 1000 * bits

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from attention import choose_attention
 from common import figures
 from common.files import newest_run
-from common.flags import flag, read, run_command
+from common.flags import SEEDS, flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of
 from data import folder
 from diffusion import SAMPLERS
@@ -123,7 +123,7 @@ class Flags:
     video: bool = flag(False, "a video run")
     frames: int = flag(0, "with --video: of a clip; 0: as many as in training", low=0)
     sweep: str = flag("", "with --video: a picture file for curves over --lambda-m and --lambda-t")
-    seed: int = flag(0, "of prompts and noise")
+    seed: int = flag(0, "of prompts and noise", low=0, high=SEEDS)
     batch_size: int = flag(100, "pictures made at once; with --video, frames", low=1)
     precision: str = flag("auto", "of products; auto: as in training, on this processor", choices=PRECISIONS)
     device: str = flag("auto", "as torch names it; auto: a GPU if there is one")

@@ -30,7 +30,7 @@ from attention import choose_attention
 from common import figures
 from common.figures import to_bytes
 from common.files import FORMAT, check_format, newest_run
-from common.flags import flag, read, run_command
+from common.flags import SEEDS, flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of, products_in
 from data import prompt_lists
 from data.prompt_lists import words_of
@@ -198,7 +198,7 @@ class Flags:
     t5: str = flag("", "the folder of the published T5, if it has moved since the training")
     prompts: str = flag("", "a file of prompts", group="what to draw")
     per_prompt: int = flag(1, "samples of each prompt of --prompts", low=1)
-    seed: int = flag(0, "another seed is another picture")
+    seed: int = flag(0, "another seed is another picture", low=0, high=SEEDS)
     frames: int = flag(0, "of a clip, from a video model; 0: as it was trained", low=0)
     image_size: str = flag("", "pixels each way, or HEIGHTxWIDTH, if not as trained")
     sampler: str = flag("sde", "a solver's name", choices=tuple(SAMPLERS), group="sampling")
@@ -221,6 +221,8 @@ def main(arguments):
     flags, _, prompts = read(Flags, arguments, "python sample.py", __doc__.partition("\n")[0], words="PROMPT")
     if flags.prompts:
         prompts = prompts + prompt_lists.read_prompts(flags.prompts)
+    if (flags.grid and not flags.prompts) or (flags.per_prompt > 1 and (flags.grid or not flags.prompts)):
+        raise ValueError("--grid goes with --prompts FILE, and --per-prompt with --prompts FILE without --grid")
     if not prompts or not all(map(str.strip, prompts)):
         raise ValueError('no prompt: python sample.py "a red circle above a blue square", or --prompts FILE')
     size = prompt_lists.read_size(flags.image_size) if flags.image_size else None

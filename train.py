@@ -52,7 +52,8 @@ def diffusion_loss(model, x0, text, step, group, flags, motion_free=None, frame_
     t = model.diffusion.random_timesteps(step.count, generator)
     if x0.ndim == 5 and flags.own_timesteps:
         t = tricks.own_timesteps(t, x0.shape[1], flags.own_timesteps, model.diffusion, generator)
-    t = tricks.in_groups(t, group, step.rows).to(model.device)  # (B,) or (B, F)
+    t = tricks.in_groups(t, group, step.rows)  # (B,) or (B, F)
+    levels = t.view(len(t), -1).float().mean(1) / model.diffusion.steps  # (B,), for the log
     dropped = torch.rand(step.count, generator=generator) < flags.caption_dropout
     dropped = tricks.in_groups(dropped, group, step.rows).to(model.device)  # (B,)
     noise = gaussian(x0.shape[1:], step.row_generators()).to(model.device)  # (B, [F,] C, h, w)
@@ -64,8 +65,7 @@ def diffusion_loss(model, x0, text, step, group, flags, motion_free=None, frame_
     def predict(x, t):
         return model.transformer(x, t, texts, masks, dropped, motion_free, frame_numbers)
 
-    loss = model.diffusion.loss(predict, x0.to(model.device), t, noise)
-    return loss, (t.view(len(t), -1).float().mean(1) / model.diffusion.steps).cpu()
+    return model.diffusion.loss(predict, x0.to(model.device), t.to(model.device), noise), levels
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -184,7 +184,7 @@ def pictures_of(flags):
     """What the image stage learns from: a cache of latents, tar shards, shapes, or a folder."""
     if flags.cache:
         return LatentCache(flags.cache)
-    tars = any(Path(flags.data).glob("*.tar"))
+    tars = any(Path(flags.data).glob("[!.]*.tar"))
     if tars:
         dataset = TarShards(flags.data, flags.image_size)
     else:

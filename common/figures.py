@@ -42,6 +42,8 @@ def animation(clips, captions, fps, path, zoom=2):
     .mp4). ValueError if the program is needed and missing, or fails."""
     columns = min(len(clips), 6)
     frames = [grid(clips[:, i], captions, columns, zoom) for i in range(clips.shape[1])]
+    if len(clips) == 1 and captions is None:  # a clip alone has no frame around it
+        frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in clips[0]]
     if path.suffix != ".mp4":
         more = dict(append_images=frames[1:], duration=1000 // fps, loop=0, lossless=True)
         frames[0].save(path, save_all=True, **more)

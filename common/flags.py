@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 KINDS = {int: "a whole number", float: "a number"}
+SEEDS = 10**9  # the largest --seed: what is made of it fits every generator
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
 
 

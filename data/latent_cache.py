@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from common.figures import from_bytes
 from common.files import print_left_out, written_whole
-from common.flags import flag, read, run_command
+from common.flags import SEEDS, flag, read, run_command
 from common.hardware import device_of
 from data.folder import PICTURES, Folder, open_picture, read_folder
 from data.shapes import Shapes, draw
@@ -57,7 +57,7 @@ class Flags:
     t5: str = flag("", "the folder of a published T5 1.1 or Flan-T5")
     per_shard: int = flag(4096, "samples in each shard", low=1)
     batch_size: int = flag(32, "samples encoded at a time", low=1)
-    seed: int = flag(0, "of shapes")
+    seed: int = flag(0, "of shapes", low=0, high=SEEDS)
     device: str = flag("auto", "where to encode: auto, cpu, cuda, …")
 
 

@@ -19,7 +19,12 @@ def read_prompts(path):
         raise ValueError(f"--prompts {path}: not a text file in UTF-8") from None
     head = lines[0].split("\t") if lines else []
     if "Prompt" in head and len(head) > 1:
-        lines = [line.split("\t")[head.index("Prompt")] for line in lines[1:]]
+        column = head.index("Prompt")
+        rows = [line.split("\t") for line in lines[1:]]
+        short = next((k for k, row in enumerate(rows, 2) if len(row) <= column or not row[column].strip()), None)
+        if short:
+            raise ValueError(f"--prompts {path}: row {short} of the table has no prompt")
+        lines = [row[column] for row in rows]
     return [line.strip() for line in lines]
 
 

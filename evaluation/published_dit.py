@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from attention import choose_attention
 from common import figures
-from common.flags import flag, read, run_command
+from common.flags import SEEDS, flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of, products_in
 from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, gaussian
 from dit import SIZES, GenTron, ModelConfig, position_embedding
@@ -154,7 +154,7 @@ class Flags:
     steps: int = flag(250, "of the sampler", low=1, high=1000)
     guidance: float = flag(4.0, "1: none")
     heads: int = flag(0, "for a DiT of none of the published sizes", low=0)
-    seed: int = flag(0, "of the noise")
+    seed: int = flag(0, "of the noise", low=0, high=SEEDS)
     zoom: int = flag(1, "how many times larger the grid shows a picture", low=1)
     precision: str = flag("auto", "of products; auto: whichever is faster here", choices=PRECISIONS)
     attention: str = flag("auto", "auto: written out on a CPU", choices=("auto", "fused", "written"))

@@ -248,3 +248,13 @@ def test_learned_variance_leaves_the_mean_alone():
 def test_unknown_names(wrong):
     with pytest.raises(ValueError, match="is not one of"):
         Diffusion(**wrong)
+
+
+def test_at_the_first_timestep_the_variance_channels_have_no_gradient_and_none_that_is_not_a_number():
+    """There the true reverse step has no variance, and log β̃ is -46: exp(log β̃ - log variance) would overflow."""
+    d = Diffusion("linear", "noise", learned_variance=True)
+    x0 = torch.randn(2, 1, 2, 2)
+    extra = torch.full_like(x0, -5.0, requires_grad=True)
+    model = lambda x, t: torch.cat([x, extra], dim=1)
+    d.loss(model, x0, torch.tensor([0, 500]), torch.randn_like(x0)).sum().backward()
+    assert extra.grad[0].eq(0).all() and extra.grad[1].ne(0).all() and extra.grad.isfinite().all()

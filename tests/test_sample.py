@@ -101,6 +101,7 @@ def test_commands(run, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "samples.png").width == 2 * 32 + 12
     (tmp_path / "list.txt").write_text("a red circle\n\na star\n")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "short.tsv").write_text("Category\tPrompt\nAbstract\ta star\nWorld\n")
     sample.main(["--prompts", "list.txt", "--out", "many", *map(str, common)])
     sample.main(["--prompts", "list.txt", "--grid", "--out", "new/grid.png", "--zoom", "1", *map(str, common)])
     assert Image.open(tmp_path / "new" / "grid.png").width == 2 * 32 + 12
@@ -117,6 +118,9 @@ def test_commands(run, tmp_path, monkeypatch):
         (["a star"], "no run found in runs/"),
         (["a star", "--checkpoint", "nowhere"], "no model.safetensors in nowhere"),
         (["--prompts", "gone.txt", *common], "gone.txt"),
+        (["--prompts", "short.tsv", *common], "--prompts short.tsv: row 3 of the table has no prompt"),
+        (["a star", "--grid", *common], "--grid goes with --prompts FILE"),
+        (["a star", "--per-prompt", 2, *common], "--per-prompt with --prompts FILE without --grid"),
         (["--prompts", "latin.txt", *common], "--prompts latin.txt: not a text file in UTF-8"),
         (["a star", "--device", "banana", *common], "--device banana: not to be had"),
         (["a star", "--batch-size", 0, *common], "--batch-size 0: must be at least 1"),

@@ -1,6 +1,5 @@
 """Our samplers against diffusers' schedulers and against improved-diffusion's p_sample, written here in numpy: the same
 settings, model and noise must give the same trajectory, from the first x to the picture."""
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler

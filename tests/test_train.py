@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from PIL import Image
 
 from training import checkpoints
 from data.moving_shapes import MovingShapes
@@ -31,8 +32,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("train") / "data"
     path.mkdir()
     drawn = shapes.Shapes(32, count=20)
-    from PIL import Image
-
     for i, caption in enumerate(drawn.captions):
         Image.fromarray(drawn.pictures([i])[0].permute(1, 2, 0).numpy()).save(path / f"{i}.png")
         (path / f"{i}.txt").write_text(caption)
@@ -150,8 +149,6 @@ def clip_folder(folder):
     path = folder.parent / "clips"
     path.mkdir()
     drawn = MovingShapes(32, count=4)
-    from PIL import Image
-
     for i, caption in enumerate(drawn.captions):
         frames = [Image.fromarray(frame) for frame in drawn.clips([i])[0].permute(0, 2, 3, 1).numpy()]
         frames[0].save(path / f"{i}.webp", save_all=True, append_images=frames[1:], duration=250, lossless=True)
@@ -177,6 +174,10 @@ def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, cap
     for name in ["clip.gif", "clip.webp"] + ["clip.mp4"] * bool(shutil.which("ffmpeg")):
         sample.main(["a red circle moving left", *flags, "--out", str(tmp_path / name)])
         assert (tmp_path / name).stat().st_size > 0 and (tmp_path / "clip.png").exists()
+    (tmp_path / "list.txt").write_text("a red circle moving left")
+    sample.main(["--prompts", str(tmp_path / "list.txt"), *flags, "--out", str(tmp_path / "many")])
+    with Image.open(tmp_path / "many/samples/a red circle moving left_000000.gif") as clip:
+        assert clip.size == (32, 32)  # as pictures, without a frame around it
     with pytest.raises(ValueError, match="--frames -1: must be at least 0"):
         sample.main(["a red circle moving left", *flags, "--frames", "-1"])
     with pytest.raises(ValueError, match="trained on clips from a folder"):
@@ -365,6 +366,9 @@ def test_orthogonalise_levels_the_singular_values():
         (["image", "--image-size", "50"], "--image-size 50: must be a multiple of 16"),
         (["image", "--device", "banana"], "--device banana: not to be had"),
         (["autoencoder", "--latent-channels", "0"], "--latent-channels 0: must be at least 1"),
+        (["autoencoder", "--latent-channels", "300"], "--latent-channels 300: must be from 1 to 192"),
+        (["image", "--seed", "-1"], "--seed -1: must be from 0 to 1000000000"),
+        (["image", "--seed", "20240101123456"], "--seed 20240101123456: must be from 0 to 1000000000"),
         (["image", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["image", "--schedule", "round"], "--schedule round: not one of cosine, linear"),
         (["video"], "no model.safetensors in runs/image-shapes"),

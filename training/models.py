@@ -101,7 +101,7 @@ def continued_image_model(flags, dataset):
 
 def new_video_model(flags, captions):
     """The image model that --init names, with temporal layers. captions: of the clips."""
-    if flags.cache or any(Path(flags.data).glob("*.tar")):
+    if flags.cache or any(Path(flags.data).glob("[!.]*.tar")):
         raise ValueError("the video stage takes pictures from shapes or a folder, not tar shards or a cache")
     image = image_run(flags)
     if image.config["image_size"] != flags.image_size:

@@ -6,7 +6,7 @@ given.
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.flags import check, dashed, flag, read
+from common.flags import SEEDS, check, dashed, flag, read
 from common.hardware import PRECISIONS, device_of
 
 
@@ -26,7 +26,7 @@ class Flags:
     t5: str = flag("", "the folder of a published T5 1.1 or Flan-T5; with --clip too, the blocks take turns")
     text_depth: int = flag(2, "blocks of the mini T5 that trains along if neither is given", low=1)
     autoencoder: str = flag("", "a run or published folder; runs/autoencoder-DATA if not given")
-    latent_channels: int = flag(8, "of a new autoencoder", low=1)
+    latent_channels: int = flag(8, "of a new autoencoder", low=1, high=192)
     qk_norm: bool = flag(True, "LayerNorm on queries and keys")
     init: str = flag("", "the image run to start from; video: runs/image-DATA if not given")
     only_temporal: bool = flag(False, "video: the image model's weights stay as they are")
@@ -55,7 +55,7 @@ class Flags:
     patience: int = flag(10, "steps in a row with a gradient that is not finite, before the run stops", low=1)
 
     out: str = flag("", "the run's folder; runs/STAGE-DATA if not given", group="run")
-    seed: int = flag(0, "of data order, noise and starting values")
+    seed: int = flag(0, "of data order, noise and starting values", low=0, high=SEEDS)
     resume: bool = flag(False, "go on from the last checkpoint in --out")
     log_every: int = flag(100, "steps", low=1)
     sample_every: int = flag(0, "steps between preview pictures; 0: four times a run; -1: none", low=-1)

@@ -1,8 +1,6 @@
 """Published text encoders: the same numbers and the same token ids as transformers, from folders that it
 wrote itself, with random weights (no published weights are at hand)."""
-import gzip
 import html
-import importlib.util
 import json
 import os
 import pickle
@@ -18,7 +16,7 @@ import pytest
 import torch
 
 import transformers
-from oracles import CLIP, SPIECE, T5, clip, package, save, spread, t5, whole_clip
+from oracles import SPIECE, clip, save, t5, whole_clip
 
 from attention import fused_attention, use_attention, written_out_attention
 from conditioning import last_token

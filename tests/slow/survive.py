@@ -3,7 +3,6 @@ for bit, those of a run that nobody disturbed.
 
     python tests/slow/survive.py            20 times SIGKILL, then 20 times SIGTERM; about ten minutes on two cores
 """
-import os
 import random
 import signal
 import subprocess
@@ -46,7 +45,7 @@ def survive(root, number, kills, rng):
     out, done, saving = root / number.name, 0, 0
     image = lambda: start(root, "image", out, "--autoencoder", str(root / "ae"), *(["--resume"] if checkpoints.folders(out) else []))
     while done < kills:
-        process, before = image(), len(checkpoints.folders(out))
+        process = image()
         time.sleep(rng.uniform(0, 3))
         while process.poll() is None and not list((out / "checkpoints").glob("0*")):
             time.sleep(0.01)  # until the first checkpoint is there
