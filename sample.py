@@ -221,8 +221,9 @@ def main(arguments):
     flags, _, prompts = read(Flags, arguments, "python sample.py", __doc__.partition("\n")[0], words="PROMPT")
     if flags.prompts:
         prompts = prompts + prompt_lists.read_prompts(flags.prompts)
-    if (flags.grid and not flags.prompts) or (flags.per_prompt > 1 and (flags.grid or not flags.prompts)):
-        raise ValueError("--grid goes with --prompts FILE, and --per-prompt with --prompts FILE without --grid")
+    into_folder = flags.prompts and not flags.grid
+    if (flags.grid and not flags.prompts) or (flags.per_prompt > 1 and not into_folder):
+        raise ValueError("--grid goes with --prompts FILE; --per-prompt with --prompts FILE without --grid")
     if not prompts or not all(map(str.strip, prompts)):
         raise ValueError('no prompt: python sample.py "a red circle above a blue square", or --prompts FILE')
     size = prompt_lists.read_size(flags.image_size) if flags.image_size else None
@@ -233,7 +234,6 @@ def main(arguments):
     model.precision = precision_of(flags.precision, device, model.trained_in)
     choose_attention(model, flags.attention, device)
     clips = model.transformer.config.temporal
-    into_folder = flags.prompts and not flags.grid
     out = prompt_lists.output_of(flags.out, into_folder, clips)
     for prompt in prompts:
         if unknown := model.unknown_words(prompt):

@@ -232,15 +232,16 @@ def train_image(flags):
 def train_video(flags):
     """Joint image–video training (paper, section 3.3). With probability p_motion_free a sample is a picture,
     repeated into a still clip under the motion-free mask; else it is a clip. Captions are dropped
-    independently of that, so all that guidance asks for is trained: text and motion, motion alone,
-    neither."""
+    independently, so all that guidance asks for is trained: text and motion, motion alone, neither."""
+    image = models.image_run_for_clips(flags)
     films = clips.load(flags.clips, flags.image_size, flags.frames, flags.fps, flags.seed)
     print_left_out(films.skipped, len(films))
     if films.held:
         short = f"{films.held} of {len(films)} clips are shorter than {flags.frames} frames"
         print(f"{short}: their last frame is held")
     stills = folder.load(flags.data, flags.image_size, flags.seed)
-    model = models.new_video_model(flags, films.captions)
+    model = models.new_video_model(flags, image, films.captions)
+    del image
     models.place(model, flags)
     moving = encode_all(model.autoencoder, len(films), films.clips, 32)  # (N, F, C, h, w)
     still = encode_all(model.autoencoder, len(stills), stills.pictures, 256)  # (N, C, h, w)

@@ -21,9 +21,9 @@ def read_prompts(path):
     if "Prompt" in head and len(head) > 1:
         column = head.index("Prompt")
         rows = [line.split("\t") for line in lines[1:]]
-        short = next((k for k, row in enumerate(rows, 2) if len(row) <= column or not row[column].strip()), None)
-        if short:
-            raise ValueError(f"--prompts {path}: row {short} of the table has no prompt")
+        for number, row in enumerate(rows, 2):
+            if len(row) <= column or not row[column].strip():
+                raise ValueError(f"--prompts {path}: row {number} of the table has no prompt")
         lines = [row[column] for row in rows]
     return [line.strip() for line in lines]
 

@@ -99,14 +99,19 @@ def continued_image_model(flags, dataset):
     return model.train()
 
 
-def new_video_model(flags, captions):
-    """The image model that --init names, with temporal layers. captions: of the clips."""
+def image_run_for_clips(flags):
+    """The image model that --init names, for the video stage. ValueError if the flags do not fit it."""
     if flags.cache or any(Path(flags.data).glob("[!.]*.tar")):
         raise ValueError("the video stage takes pictures from shapes or a folder, not tar shards or a cache")
     image = image_run(flags)
     if image.config["image_size"] != flags.image_size:
         size = image.config["image_size"]
         raise ValueError(f"--image-size {flags.image_size}: the image model in {flags.init} has {size}")
+    return image
+
+
+def new_video_model(flags, image, captions):
+    """An image model (a Pipeline) with temporal layers. captions: of the clips."""
     words = vocabulary([*image.config["words"], *captions]) if image.config["words"] else []
     # mini's few frames stand further apart in the positions' sinusoids, as its tokens do
     frame_step = min(2.0, image.config["model"]["position_step"])

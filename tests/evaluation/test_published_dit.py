@@ -258,7 +258,7 @@ def test_the_command_draws_a_grid(tmp_path, capsys):
         config = dict(channels=C, width=8, depth=1)
         state = Autoencoder(AutoencoderConfig(**config)).state_dict()
         (tmp_path / f"ae{C}").mkdir()
-        metadata = {"config": json.dumps({"autoencoder": config})}
+        metadata = {"config": json.dumps({"autoencoder": config}), "format": "1"}
         weights.write(tmp_path / f"ae{C}/model.safetensors", state, metadata)
     out = tmp_path / "new/classes.png"
     words = [str(tmp_path / "tiny.pt"), "3", "0", "--autoencoder", str(tmp_path / "ae4"), "--heads", "2"]
