@@ -365,7 +365,7 @@ def test_orthogonalise_levels_the_singular_values():
         (["image", "--data", "/no/folder"], "--data /no/folder: there is no such folder"),
         (["image", "--image-size", "50"], "--image-size 50: must be a multiple of 16"),
         (["image", "--device", "banana"], "--device banana: not to be had"),
-        (["autoencoder", "--latent-channels", "0"], "--latent-channels 0: must be at least 1"),
+        (["autoencoder", "--latent-channels", "0"], "--latent-channels 0: must be from 1 to 192"),
         (["autoencoder", "--latent-channels", "300"], "--latent-channels 300: must be from 1 to 192"),
         (["image", "--seed", "-1"], "--seed -1: must be from 0 to 1000000000"),
         (["image", "--seed", "20240101123456"], "--seed 20240101123456: must be from 0 to 1000000000"),
