@@ -1,6 +1,7 @@
 """fp32 is fp32 and bf16 is chosen by name: through the commands, against the same weights in float64."""
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,4 +107,10 @@ def test_what_auto_chose_stays_with_the_run(pictures, tmp_path, monkeypatch, cap
 
 
 def test_no_file_changes_the_precision_of_fp32_products():
+    """torch's default computes them in fp32 on every processor. Its switches stand in no file of ours."""
     assert torch.get_float32_matmul_precision() == "highest"
+    root = Path(__file__).parent.parent
+    sources = [path for path in root.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(root).parts)]
+    switches = ("set_float32_matmul_precision", "fp32_precision", "allow_tf32")
+    found = [(path.name, switch) for path in sources for switch in switches if switch in path.read_text()]
+    assert len(sources) > 40 and not found
