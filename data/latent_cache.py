@@ -11,17 +11,14 @@ folder of shards of n samples, whose arrays are memory-mapped:
     00000.captions.jsonl   file and caption of each sample, or why it was left out; written last of a shard
     cache.json             counts, shapes, flags and fingerprints; written last of all
 
-In fp16 a latent is off by at most |raw| / 2048 / scale, a standard deviation by less than 1 %. bf16 is what
-published text encoders give. At 256×256 a sample takes 32 KiB with both flips, and 8 KiB per token of T5-XXL.
-Letters: B batch, C latent channels, S picture size, L text tokens, E width of an encoder.
+In fp16 a latent is off by at most |raw| / 2048 / scale. At 256×256 a sample takes 32 KiB with both flips, and
+8 KiB per token of T5-XXL. Letters: B batch, C latent channels, S picture size, L text tokens, E their width.
 """
 import functools
 import hashlib
 import json
 import math
 import os
-import random
-import shutil
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +33,7 @@ from common.figures import from_bytes
 from common.files import print_left_out, written_whole
 from common.flags import SEEDS, flag, read, run_command
 from common.hardware import device_of
-from data.folder import PICTURES, Folder, open_picture, read_folder
+from data.folder import Folder, open_picture, read_pictures
 from data.shapes import Shapes, draw
 from encoders import autoencoders
 from encoders.padding import padded
@@ -67,9 +64,9 @@ def fingerprint(module, tokenizer=None):
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    pairs = getattr(tokenizer, "pairs", None)
-    if pairs:  # CLIP's
-        digest.update(json.dumps([pairs.vocabulary, list(pairs.ranks)], sort_keys=True).encode())
+    ranks = getattr(tokenizer, "ranks", None)
+    if ranks:  # CLIP's
+        digest.update(json.dumps([tokenizer.vocabulary, list(ranks)], sort_keys=True).encode())
     elif tokenizer:  # a sentencepiece model
         digest.update(tokenizer.model)
     return digest.hexdigest()
@@ -80,11 +77,10 @@ def samples_of(data, size, seed):
     (S, S, 3) uint8 (ValueError if it cannot be used), what lacks a caption, and the data set's group."""
     if data == "shapes":
         dataset = Shapes(size, seed=seed)
-        names = list(range(len(dataset.captions)))
+        names = list(range(len(dataset)))
         return names, dataset.captions, lambda i: draw(dataset.scenes[i], size), [], dataset.group
     folder = Path(data)
-    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES)
-    captions, paths, skipped = read_folder(folder, files, Path, "--data", "picture (png, jpg, webp)")
+    captions, paths, skipped = read_pictures(folder, Path)
     names = [os.path.relpath(path, folder) for path in paths]
     return names, captions, lambda name: open_picture(folder / name, size), skipped, Folder.group
 
@@ -100,24 +96,23 @@ def put(path, content):
 
 def read_lines(stem, settings):
     """A shard's captions, and what it left out as (name, reason). ValueError, naming the file, if cut."""
-    path = stem.with_name(f"{stem.name}.captions.jsonl")
+    path = Path(f"{stem}.captions.jsonl")
     try:
         lines = [json.loads(text) for text in path.read_bytes().splitlines()]
     except (OSError, ValueError):
         lines = []
     if len(lines) != min(settings["per_shard"], settings["files"] - int(stem.name) * settings["per_shard"]):
         raise ValueError(f"{path} is missing or was cut short: encode again to mend it")
-    skipped = [(entry["file"], entry["skipped"]) for entry in lines if "skipped" in entry]
-    return [entry["caption"] for entry in lines if "caption" in entry], skipped
+    skipped = [(line["file"], line["skipped"]) for line in lines if "skipped" in line]
+    return [line["caption"] for line in lines if "caption" in line], skipped
 
 
 def open_array(path, *shape):
     """The memory-mapped array of a .npy file. ValueError, naming the file, if cut or of another shape."""
     try:
         return np.load(path, mmap_mode="r").reshape(shape)
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is missing or was cut short: encode again to mend it ({reason})") from None
+    except (OSError, ValueError, EOFError):
+        raise ValueError(f"{path} is missing or was cut short: encode again to mend it") from None
 
 
 def open_shard(stem, count, settings):
@@ -178,38 +173,17 @@ def write_shard(stem, names, captions, open_sample, autoencoder, encoders, mirro
     put(f"{stem}.captions.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def estimate(settings, names, captions, encoders):
-    """Bytes of a cache by part, before it is made. Tokens are counted for at most a thousand captions."""
-    N, headers = len(names), 128 * math.ceil(len(names) / settings["per_shard"])  # 128 bytes an array
-    sizes = dict(latents=N * (1 + settings["mirror"]) * 2 * math.prod(settings["shape"]) * 2 + headers)
-    entries = (dict(file=name, caption=caption) for name, caption in zip(names, captions))
-    sizes["captions"] = sum(len(json.dumps(entry)) + 1 for entry in entries) + len(json.dumps(settings))
-    some = random.Random(0).sample(captions, min(N, 1000))
-    for name, (tokenizer, encoder) in encoders.items():
-        tokens = sum(tokenizer([caption])[1].sum().item() for caption in some) / len(some)  # L, on average
-        size = round(N * (tokens * encoder.config.width * 2 + 8)) + 2 * headers
-        sizes[f"{name} at {tokens:.1f} tokens a caption"] = size
-    return sizes
-
-
-def check_room(folder, settings, sizes):
-    """Prints what the cache needs. ValueError if the folder holds something else, or its disk has no room."""
+def check_folder(folder, settings):
+    """ValueError unless the folder is new, empty, or holds the cache of these settings, or a part of it."""
     path = folder / "cache.json"
-    old = json_object(path) if path.exists() else settings
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"--out {folder}: is neither empty nor a cache")
+        return
+    old = json_object(path)
     other = " or ".join(name.replace("_", " ") for name in settings if old.get(name) != settings[name])
     if other:
         raise ValueError(f"--out {folder} holds a cache with another {other}: give its flags or a new --out")
-    files = list(folder.iterdir()) if folder.exists() else []
-    if files and not path.exists():
-        raise ValueError(f"--out {folder}: is neither empty nor a cache")
-    there, need = sum(path.stat().st_size for path in files), sum(sizes.values())
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(parent).free
-    GiB = lambda size: f"{size / 2**30:.3f} GiB"
-    parts = ", ".join(f"{name} {GiB(size)}" for name, size in sizes.items())
-    print(f"{folder}: {GiB(need)} in all ({parts}), of which {GiB(there)} are there; {GiB(free)} are free")
-    if need - there > free:
-        raise ValueError(f"--out {folder}: needs {GiB(need - there)} more, and its disk has {GiB(free)} free")
 
 
 def encode(flags):
@@ -222,21 +196,22 @@ def encode(flags):
     if size < 1 or size % multiple:
         raise ValueError(f"--image-size {size}: must be a multiple of {multiple}")
     names, captions, open_sample, skipped, group = samples_of(flags.data, size, flags.seed)
-    samples = hashlib.blake2b(json.dumps([names, captions]).encode(), digest_size=16).hexdigest()
     folders = {name: getattr(flags, name) for name in LOADERS if getattr(flags, name)}
-    encoders = {name: LOADERS[name](folders[name], torch.bfloat16, device) for name in folders}
-    text = {
-        name: dict(width=encoder.config.width, fingerprint=fingerprint(encoder, tokenizer))
-        for name, (tokenizer, encoder) in encoders.items()
-    }
+    encoders = {name: LOADERS[name](path, torch.bfloat16, device) for name, path in folders.items()}
+    text = {}
+    for name, (tokenizer, encoder) in encoders.items():
+        text[name] = dict(width=encoder.config.width, fingerprint=fingerprint(encoder, tokenizer))
     mirror = flags.mirror == "true" or (flags.mirror == "auto" and flags.data != "shapes")
     side = size // autoencoder.factor
+    digest = hashlib.blake2b(json.dumps([names, captions]).encode(), digest_size=16)
     settings = dict(
-        data=samples, files=len(names), image_size=size, mirror=mirror, group=group, text=text,
+        data=digest.hexdigest(), files=len(names), image_size=size, mirror=mirror, group=group, text=text,
         per_shard=flags.per_shard, autoencoder=fingerprint(autoencoder), scale=autoencoder.scale.item(),
         shift=autoencoder.shift.tolist(), shape=[autoencoder.config.channels, side, side],
     )
-    check_room(folder, settings, estimate(settings, names, captions, encoders))
+    check_folder(folder, settings)
+    latents = len(names) * (1 + mirror) * 2 * math.prod(settings["shape"]) * 2  # in bytes
+    print(f"{folder}: {len(names)} pictures, whose latents take {latents / 2**30:.3f} GiB")
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob(".part-*"):  # of a process that was killed
         part.unlink()
@@ -263,18 +238,17 @@ def encode(flags):
 
 
 class LatentCache:
-    """A finished cache. `captions`: N strings; `group`: how many neighbours training keeps together; `shape`:
-    C, h, w; `mirror`: whether it has mirror images. ValueError, naming the file, if one is missing."""
+    """A finished cache. `captions`: N strings; `group`: how many neighbours training keeps together;
+    `mirror`: whether it has mirror images. ValueError, naming the file, if one is missing or was cut."""
 
     def __init__(self, folder):
         self.folder, path = Path(folder), Path(folder) / "cache.json"
         self.settings = settings = json_object(path) if path.exists() else {}
         if "counts" not in settings:
             raise ValueError(f"{folder}: there is no cache, or it is not finished: encode again to finish")
-        self.shape, self.group, self.mirror = (settings[key] for key in ("shape", "group", "mirror"))
+        self.group, self.mirror, counts = settings["group"], settings["mirror"], settings["counts"]
         self.shift = torch.tensor(settings["shift"]).view(-1, 1, 1)
         self.scale = torch.tensor(settings["scale"])
-        counts = settings["counts"]
         self.starts = np.cumsum([0, *counts])
         stems = [self.folder / f"{k:05d}" for k in range(len(counts))]
         self.captions = [caption for stem in stems for caption in read_lines(stem, settings)[0]]
@@ -287,25 +261,19 @@ class LatentCache:
         return int(self.starts[-1])
 
     def rows(self, indices):
-        """Yields shard and row there of each of the indices (B,). IndexError if there is no such sample."""
+        """Yields shard and row there of each of the indices (B,)."""
         for i in torch.as_tensor(indices).tolist():
-            if not 0 <= i < len(self):
-                raise IndexError(f"there is no sample {i} among {len(self)}")
             k = int(np.searchsorted(self.starts, i, side="right")) - 1
             yield self.shard(k), i - int(self.starts[k])
 
-    def read(self, indices, flips=None, noise=None):
-        """Latents (B, C, h, w) fp32 of the samples `indices` (B,), shifted and scaled as `encode` does.
-        flips (B,): 1 where the mirror image is wanted, if the cache has them; None: nowhere.
-        noise: unit Gaussian (B, C, h, w), to sample the latents' distribution as DiT's train.py does; None:
-        the mean, as the autoencoder's `encode` gives it."""
+    def read(self, indices, flips=None):
+        """Latents (B, C, h, w) fp32 of the samples `indices` (B,), shifted and scaled as the autoencoder's
+        `encode` does. flips (B,): 1 where the mirror image is wanted, if the cache has them; None: nowhere."""
         if flips is None or not self.mirror:
             flips = torch.zeros(len(indices), dtype=torch.long)
         rows = zip(self.rows(indices), flips.tolist())
-        moments = np.stack([shard["moments"][row, flip] for (shard, row), flip in rows])  # (B, 2, C, h, w)
-        mean, log_variance = torch.from_numpy(moments).float().unbind(1)  # (B, C, h, w)
-        raw = mean if noise is None else mean + (0.5 * log_variance).exp() * noise
-        return (raw - self.shift) / self.scale
+        means = np.stack([shard["moments"][row, flip, 0] for (shard, row), flip in rows])  # (B, C, h, w)
+        return (torch.from_numpy(means).float() - self.shift) / self.scale
 
     def text(self, indices, name):
         """What the encoder `name`, "clip" or "t5", gives for the captions of samples `indices` (B,): vectors
@@ -326,7 +294,7 @@ def check(cache, image_size, autoencoder, encoders):
         raise ValueError(f"{cache.folder} holds pictures of {size} pixels each way, not {image_size}")
     made_by = {name: text["fingerprint"] for name, text in settings["text"].items()}
     made_by["autoencoder"] = settings["autoencoder"]
-    for name, (tokenizer, module) in (dict(autoencoder=(None, autoencoder)) | encoders).items():
+    for name, (tokenizer, module) in dict(autoencoder=(None, autoencoder), **encoders).items():
         if name not in made_by:
             raise ValueError(f"{cache.folder} holds no text of {name}: encode with --text --{name} DIR")
         if made_by[name] != fingerprint(module, tokenizer):

@@ -27,10 +27,8 @@ class AutoencoderConfig:
 class ResidualBlock(nn.Module):
     """x + convolutions of x. If the width changes to `out`, a 1×1 convolution adapts x."""
 
-    def __init__(self, width, out=None, groups=8, eps=1e-5):
+    def __init__(self, width, out, groups=8, eps=1e-5):
         super().__init__()
-        if out is None:
-            out = width
         self.norm1 = nn.GroupNorm(groups, width, eps)
         self.conv1 = nn.Conv2d(width, out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out, eps)
@@ -58,19 +56,19 @@ class Autoencoder(nn.Module):
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4),  # (B, 48, H/4, W/4)
             nn.Conv2d(48, W, 3, padding=1),
-            *[ResidualBlock(W) for _ in range(depth)],
+            *[ResidualBlock(W, W) for _ in range(depth)],
             nn.Conv2d(W, 2 * W, 3, stride=2, padding=1),  # (B, 2W, h, w)
-            *[ResidualBlock(2 * W) for _ in range(depth)],
+            *[ResidualBlock(2 * W, 2 * W) for _ in range(depth)],
             nn.GroupNorm(8, 2 * W),
             nn.Conv2d(2 * W, 2 * C, 3, padding=1),  # mean and log-variance
         )
         self.linear_out = nn.Sequential(nn.Conv2d(C, 192, 1), nn.PixelShuffle(8))
         self.decoder = nn.Sequential(
             nn.Conv2d(C, 2 * W, 3, padding=1),  # (B, 2W, h, w)
-            *[ResidualBlock(2 * W) for _ in range(depth)],
+            *[ResidualBlock(2 * W, 2 * W) for _ in range(depth)],
             nn.Conv2d(2 * W, 4 * W, 3, padding=1),
             nn.PixelShuffle(2),  # (B, W, H/4, W/4)
-            *[ResidualBlock(W) for _ in range(depth)],
+            *[ResidualBlock(W, W) for _ in range(depth)],
             nn.GroupNorm(8, W),
             nn.SiLU(),
             nn.Conv2d(W, 48, 3, padding=1),
@@ -85,8 +83,8 @@ class Autoencoder(nn.Module):
     def initialise(self):
         """Residual blocks start as the identity, so that a deep stack learns at once; the convolutions start
         at zero next to the linear path; the log-variance starts at -6, since much noise hides the picture."""
-        blocks = [module.conv2 for module in self.modules() if isinstance(module, ResidualBlock)]
-        for layer in (*blocks, self.encoder[-1], self.decoder[-2]):
+        ends = [module.conv2 for module in self.modules() if isinstance(module, ResidualBlock)]
+        for layer in (*ends, self.encoder[-1], self.decoder[-2]):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.encoder[-1].bias[self.config.channels :] = -6.0
@@ -102,11 +100,10 @@ class Autoencoder(nn.Module):
         U, S, _ = torch.linalg.svd((patches - mean).T.cov())
         components = U[:, :C].T  # (C, 192)
         std = S[:C].mean().sqrt()
-        inward, outward = self.linear_in[1], self.linear_out[0]
-        inward.weight.copy_((components / std)[..., None, None])
-        inward.bias.copy_(-components @ mean / std)
-        outward.weight.copy_((components * std).T[..., None, None])
-        outward.bias.copy_(mean)
+        self.linear_in[1].weight.copy_((components / std)[..., None, None])
+        self.linear_in[1].bias.copy_(-components @ mean / std)
+        self.linear_out[0].weight.copy_((components * std).T[..., None, None])
+        self.linear_out[0].bias.copy_(mean)
 
     def moments(self, pictures):
         """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, each (B, C, H/8, W/8).
@@ -152,13 +149,11 @@ def psnr(autoencoder, pictures):
     return (10 * (4 / error.square().flatten(1).mean(1)).log10()).mean().item()
 
 
-def check_scale(latents, tolerance=0.2):
-    """Warns if latents (B, C, h, w) are far from mean 0 and standard deviation 1, for which diffusion's noise
-    is too weak or too strong. Returns (mean, std)."""
+def check_scale(latents):
+    """Warns if latents (B, C, h, w) are far from mean 0 and standard deviation 1, the scale of the noise."""
     mean, std = latents.mean().item(), latents.std().item()
-    if abs(mean) > tolerance or abs(std - 1) > tolerance:
+    if abs(mean) > 0.2 or abs(std - 1) > 0.2:
         warnings.warn(
             f"latents have mean {mean:.2f} and standard deviation {std:.2f}, not 0 and 1: "
             "was this autoencoder trained on other pictures? Train one on these."
         )
-    return mean, std

@@ -2,7 +2,6 @@
 loaded, not trained here, and has the methods of autoencoder.py. Its modules bear the published names.
 Letters: B batch, C latent channels, W width.
 """
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -76,10 +75,9 @@ def double(width):
 
 
 class AutoencoderKL(nn.Module):
-    """Memory does not grow with the batch: pictures go through in groups of at most tile² latent positions
-    (four of 256×256 pixels), which changes no result. Larger ones are encoded whole and decoded in tiles."""
+    """Pictures go through a few at once, so memory does not grow with the batch; results are the same."""
 
-    tile = 64  # latent positions each way
+    at_once = 64 * 64  # latent positions, as of four pictures of 256×256 pixels; at least one picture
     encode, decode = Autoencoder.encode, Autoencoder.decode  # the same shift and scale
 
     def __init__(self, config):
@@ -118,87 +116,39 @@ class AutoencoderKL(nn.Module):
         self.register_buffer("scale", torch.full((1,), 1 / config.scaling_factor), persistent=False)
 
     def moments(self, pictures):
-        """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, each (B, C, H/factor,
-        W/factor). ValueError if the factor does not divide H and W."""
+        """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, (B, C, h, w) each.
+        ValueError if the factor does not divide H and W."""
         H, W = pictures.shape[-2:]
         if H % self.factor or W % self.factor:
             raise ValueError(f"picture size {(H, W)} is not divisible by {self.factor}")
-        at_once = max(1, (self.tile * self.factor) ** 2 // (H * W))
-        parts = [self.quant_conv(self.encoder(part)) for part in pictures.split(at_once)]
+        count = max(1, self.at_once * self.factor**2 // (H * W))
+        parts = [self.quant_conv(self.encoder(part)) for part in pictures.split(count)]
         mean, log_variance = torch.cat(parts).chunk(2, dim=1)  # (B, C, h, w) each
         return mean, log_variance.clamp(-30, 20)
 
     def reconstruct(self, raw):
         """Raw latents (B, C, h, w) → pictures (B, 3, factor·h, factor·w)."""
-        at_once = self.tile**2 // (raw.shape[-2] * raw.shape[-1])
-        if at_once == 0:
-            return torch.cat([self.decode_tiles(part) for part in raw.split(1)])
-        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in raw.split(at_once)])
-
-    def decode_tiles(self, raw):
-        """`reconstruct` in tiles. Neighbours share at least a quarter and fade into each other. This is
-        approximate: GroupNorm and attention see one tile instead of the picture, so colours and contrast may
-        drift from tile to tile, and distant parts may match less well."""
-        h, w = raw.shape[-2:]
-        n, f = self.tile, self.factor
-        picture = torch.zeros(len(raw), 3, h * f, w * f, device=raw.device)  # in fp32, for any model
-        total = torch.zeros(h * f, w * f, device=raw.device)
-        for y in tile_starts(h, n):
-            for x in tile_starts(w, n):
-                tile = self.decoder(self.post_quant_conv(raw[..., y : y + n, x : x + n]))
-                weight = (fade(tile.shape[-2])[:, None] * fade(tile.shape[-1])).to(raw.device)
-                rows, columns = slice(y * f, (y + n) * f), slice(x * f, (x + n) * f)
-                picture[..., rows, columns] += weight * tile
-                total[rows, columns] += weight
-        return (picture / total).to(raw.dtype)
+        count = max(1, self.at_once // (raw.shape[-2] * raw.shape[-1]))
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in raw.split(count)])
 
 
-def tile_starts(length, tile):
-    """Start of each tile, evenly over 0…length; from one to the next at most 3/4 of a tile."""
-    if length <= tile:
-        return [0]
-    steps = math.ceil((length - tile) / (tile * 3 // 4))
-    return [(length - tile) * i // steps for i in range(steps + 1)]
-
-
-def fade(n):
-    """Weights (n,) of a tile's pixels along one side: 1, 2, 3, … to the middle and back to 1. Where two tiles
-    overlap, the share of one falls linearly while the other's rises."""
-    return torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1))
+FIELDS = {  # key of config.json: field of AutoencoderKLConfig
+    "latent_channels": "channels", "block_out_channels": "widths", "layers_per_block": "depth",
+    "norm_num_groups": "groups", "scaling_factor": "scaling_factor", "shift_factor": "shift_factor",
+    "use_quant_conv": "quant_conv", "use_post_quant_conv": "post_quant_conv",
+}
+# of the attention's tensors, in files of 2022: their names since
+NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 def load_published(folder):
     """A folder with config.json and diffusion_pytorch_model.safetensors or .bin → AutoencoderKL in fp32.
-    ValueError, naming the folder, if it is damaged or holds something else."""
+    ValueError, naming the folder, if it is damaged, holds something else or needs what is not built here."""
+    found = weights.read_config(folder, "AutoencoderKL")
+    weights.check_values(folder, found, act_fn=["silu"], latents_mean=[None], latents_std=[None])
+    values = {FIELDS[key]: value for key, value in found.items() if key in FIELDS and value is not None}
     try:
-        model = AutoencoderKL(published_config(folder))
+        model = AutoencoderKL(AutoencoderKLConfig(**values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: no autoencoder that can be built here: {error}") from None
-    return weights.load_into(model, folder, published_name)
-
-
-def published_config(folder):
-    """config.json of a folder → AutoencoderKLConfig. ValueError if it asks for what is not built here."""
-    found = weights.read_config(folder, "AutoencoderKL")
-    names = dict(
-        latent_channels="channels", block_out_channels="widths", layers_per_block="depth",
-        norm_num_groups="groups", scaling_factor="scaling_factor", shift_factor="shift_factor",
-        use_quant_conv="quant_conv", use_post_quant_conv="post_quant_conv",
-    )
-    values = {names[key]: value for key, value in found.items() if key in names and value is not None}
-    config = AutoencoderKLConfig(**values)
-    built = dict(
-        act_fn="silu", in_channels=3, out_channels=3, latents_mean=None, latents_std=None,
-        mid_block_add_attention=True, down_block_types=["DownEncoderBlock2D"] * len(config.widths),
-        up_block_types=["UpDecoderBlock2D"] * len(config.widths),
-    )
-    weights.check_values(folder, found, **{key: (value, [value]) for key, value in built.items()})
-    return config
-
-
-def published_name(name):
-    """A tensor's name in a published file → its name here. Files of 2022 name the attention otherwise."""
-    if ".attentions." not in name:
-        return name
-    old = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-    return weights.replaced(name, old)
+    return weights.load_into(model, folder, NAMES)

@@ -7,12 +7,10 @@ the end of text, has seen all others: its vector stands for the text.
 The tokenizer is byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909). It splits lower-case text into
 words and these into bytes. Then it merges the two neighbours that training merged earliest, until no two
 neighbours are in the list of merges. A word's last byte carries the mark </w>, so that "art" and the "art" of
-"party" differ. The ids equal those of the hub's CLIP folders, which compose accents (NFC) and lower-case each
-character by itself; CLIP's first release repaired broken encodings and HTML entities (&amp;) instead.
+"party" differ. The ids are those of the hub's CLIP folders (CLIP's first release cleaned text otherwise).
 Letters: B batch, L text tokens, E width. Masks: True = a token, False = padding.
 """
 import functools
-import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -23,9 +21,7 @@ from torch import nn
 
 from attention import MultiHeadAttention
 from encoders.padding import padded
-from encoders.weights import (
-    check_values, file_in, json_object, load_frozen, read_config, replaced, whole_numbers,
-)
+from encoders.weights import check_values, file_in, json_object, load_frozen, read_config, whole_numbers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's pattern is  MARKS | ENDINGS | \p{L}+ | \p{N} | [^\s\p{L}\p{N}]+. The module re has no \p{L}, so
@@ -51,17 +47,19 @@ def words(text):
     return [text[match.start() : match.end()] for match in PATTERN.finditer(shape)]
 
 
-class BytePairs:
-    """vocabulary: {piece: id}; merges: list of pairs of pieces, the first merged in training first."""
+class CLIPTokenizer:
+    """Byte pairs between a start and an end of text. The end also pads; there the mask is False."""
 
-    def __init__(self, vocabulary, merges):
-        self.vocabulary = vocabulary
+    def __init__(self, vocabulary, merges, length=77):
+        """vocabulary: {piece: id}. merges: list of pairs of pieces, the first merged in training first.
+        length: where texts are cut, start and end included."""
+        self.vocabulary, self.length = vocabulary, length
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.letters = byte_letters()
         self.pieces = functools.lru_cache(1 << 16)(self.pieces)  # captions repeat their words
 
     @classmethod
-    def read(cls, folder):
+    def read(cls, folder, length=77):
         """From vocab.json and merges.txt of a published folder. ValueError, naming the file, if one is
         missing or cannot be read, or if the vocabulary has no start or end of text."""
         pieces, merges = file_in(folder, "vocab.json"), file_in(folder, "merges.txt")
@@ -70,24 +68,20 @@ class BytePairs:
             raise ValueError(f"{pieces} is not a list of CLIP's pieces with their numbers")
         try:
             lines = merges.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError:
-            lines = ["no text in UTF-8"]
-        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        if not all(len(pair) == 2 for pair in pairs):
-            raise ValueError(f"{merges} is not a text of two pieces a line")
-        return cls(vocabulary, pairs)
+            pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+            return cls(vocabulary, [(first, second) for first, second in pairs], length)
+        except ValueError:  # no UTF-8, or another number of pieces
+            raise ValueError(f"{merges} is not a text of two pieces a line") from None
 
     def pieces(self, word):
         """Word → list of pieces."""
         letters = "".join(self.letters[byte] for byte in word.encode("utf-8"))
         parts = [*letters[:-1], letters[-1] + "</w>"]
-        while len(parts) > 1:
-            first, second = min(zip(parts, parts[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
-            if (first, second) not in self.ranks:
-                break
+        while pairs := [pair for pair in zip(parts, parts[1:]) if pair in self.ranks]:
+            earliest = min(pairs, key=self.ranks.get)
             merged = []
-            for part in parts:  # merges the pair wherever it stands, from the left
-                if merged and (merged[-1], part) == (first, second):
+            for part in parts:  # merges this pair wherever it stands, from the left
+                if merged and (merged[-1], part) == earliest:
                     merged[-1] += part
                 else:
                     merged.append(part)
@@ -101,23 +95,14 @@ class BytePairs:
             found += [word] if word in (START, END) else self.pieces(word)
         return [self.vocabulary.get(piece, self.vocabulary[END]) for piece in found]
 
-
-class CLIPTokenizer:
-    """Byte pairs between a start and an end of text. The end also pads; there the mask is False."""
-
-    def __init__(self, pairs, length=77):
-        """pairs: a BytePairs. length: where texts are cut, start and end included."""
-        self.pairs, self.length = pairs, length
-        self.start, self.end = pairs.vocabulary[START], pairs.vocabulary[END]
-
     def __len__(self):
-        return max(self.pairs.vocabulary.values()) + 1
+        return max(self.vocabulary.values()) + 1
 
-    def __call__(self, captions, length=None):
-        """B texts → tokens (B, L) and mask (B, L), padded to the longest; cut after `length` tokens."""
-        kept = (length or self.length) - 2
-        rows = [[self.start, *self.pairs.encode(caption)[:kept], self.end] for caption in captions]
-        return padded([torch.tensor(row) for row in rows], self.end)
+    def __call__(self, captions):
+        """B texts → tokens (B, L) and mask (B, L), padded to the longest."""
+        start, end = self.vocabulary[START], self.vocabulary[END]
+        rows = [[start, *self.encode(caption)[: self.length - 2], end] for caption in captions]
+        return padded([torch.tensor(row) for row in rows], end)
 
 
 @dataclass
@@ -138,8 +123,7 @@ class CLIPConfig:
         config = read_config(folder, "clip_text_model", "clip")
         if config["model_type"] == "clip":  # if there is a "text_config_dict", it is the one that counts
             config = config.get("text_config_dict") or config.get("text_config") or {}
-        activations = "quick_gelu", ["quick_gelu", "gelu"]
-        check_values(folder, config, layer_norm_eps=(1e-5, [1e-5]), hidden_act=activations)
+        check_values(folder, config, layer_norm_eps=[1e-5], hidden_act=["quick_gelu", "gelu"])
         sizes = whole_numbers(
             folder, config, vocabulary=("vocab_size", 49408), width=("hidden_size", 512),
             depth=("num_hidden_layers", 12), heads=("num_attention_heads", 8),
@@ -174,16 +158,14 @@ class CLIPTextEncoder(nn.Module):
         self.config = c = config
         self.embedding = nn.Embedding(c.vocabulary, c.width)
         self.positions = nn.Embedding(c.positions, c.width)
-        blocks = [CLIPBlock(c.width, c.heads, c.mlp_width, c.activation) for _ in range(c.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        shape = c.width, c.heads, c.mlp_width, c.activation
+        self.blocks = nn.ModuleList(CLIPBlock(*shape) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.width)
 
     def forward(self, tokens, mask):
-        """tokens (B, L) integers, mask (B, L) True = a token → the last hidden state after the last
-        LayerNorm, (B, L, E), meaningless at padding. ValueError if L is more than the model has positions."""
+        """tokens (B, L) integers, L at most the model's positions; mask (B, L) → (B, L, E), meaningless at
+        padding."""
         L = tokens.shape[1]
-        if L > self.config.positions:
-            raise ValueError(f"{L} tokens, but this CLIP has {self.config.positions} positions")
         before = torch.ones(L, L, dtype=torch.bool, device=tokens.device).tril()  # (L, L), and itself
         mask = before & mask[:, None, None, :]  # (B, 1, L, L)
         x = self.embedding(tokens) + self.positions.weight[:L]  # (B, L, E)
@@ -192,26 +174,19 @@ class CLIPTextEncoder(nn.Module):
         return self.norm(x)  # (B, L, E)
 
 
-NAMES = {  # published name: name here
+NAMES = {  # part of a published name: its name here; None: outside of the text tower
+    "vision_model.": None, "visual_projection.": None, "text_projection.": None, "logit_scale": None,
+    "position_ids": None, "text_model.": "", "encoder.layers.": "blocks.",
     "embeddings.token_embedding": "embedding", "embeddings.position_embedding": "positions",
-    "encoder.layers.": "blocks.",
     "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k", "self_attn.v_proj": "attention.v",
     "self_attn.out_proj": "attention.out", "layer_norm1": "norm1", "layer_norm2": "norm2",
     "mlp.fc1": "up", "mlp.fc2": "down", "final_layer_norm": "norm",
 }
 
 
-def clip_name(name):
-    """A tensor's name in a published CLIP or its text tower → its name here, or None outside of the tower."""
-    other = "vision_model.", "visual_projection.", "text_projection.", "logit_scale"
-    if name.startswith(other) or name.endswith("position_ids"):
-        return None
-    return replaced(name.removeprefix("text_model."), NAMES)
-
-
 def load_clip(folder, dtype=torch.float32, device="cpu"):
     """The folder of a published CLIP or of its text tower, as downloaded → (CLIPTokenizer, CLIPTextEncoder),
     frozen. Only the text tower is read. ValueError names what is wrong, and the folder or file."""
     config = CLIPConfig.read(folder)
-    tokenizer = CLIPTokenizer(BytePairs.read(folder), config.positions)
-    return tokenizer, load_frozen(CLIPTextEncoder, config, len(tokenizer), folder, clip_name, dtype, device)
+    tokenizer = CLIPTokenizer.read(folder, config.positions)
+    return tokenizer, load_frozen(CLIPTextEncoder, config, len(tokenizer), folder, NAMES, dtype, device)

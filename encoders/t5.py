@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoders.padding import padded
-from encoders.weights import check_values, file_in, load_frozen, read_config, replaced, whole_numbers
+from encoders.weights import check_values, file_in, load_frozen, read_config, whole_numbers
 
 
 @dataclass
@@ -38,9 +38,8 @@ class T5Config:
     @classmethod
     def read(cls, folder):
         """From config.json of a published T5 1.1 or Flan-T5. ValueError, naming it, if it is neither."""
-        config = read_config(folder, "t5")
-        built = dict(feed_forward_proj=("relu", ["gated-gelu"]), layer_norm_epsilon=(1e-6, [1e-6]))
-        check_values(folder, config, **built)
+        config = {"feed_forward_proj": "relu"} | read_config(folder, "t5")
+        check_values(folder, config, feed_forward_proj=["gated-gelu"], layer_norm_epsilon=[1e-6])
         return cls(**whole_numbers(
             folder, config, vocabulary=("vocab_size", 32128), width=("d_model", 512), depth=("num_layers", 6),
             heads=("num_heads", 8), head_width=("d_kv", 64), mlp_width=("d_ff", 2048),
@@ -51,8 +50,7 @@ class T5Config:
 
 def relative_buckets(length, buckets, max_distance, device=None):
     """Bucket of the distance from query i to key j, (L, L) integers in 0…buckets-1; the upper half for keys
-    to the right. In each half, near keys have one bucket per distance; then buckets widen up to
-    max_distance."""
+    to the right. In each half, near keys have one per distance; then they widen up to max_distance."""
     position = torch.arange(length, device=device)
     distance = position - position.unsqueeze(1)  # (L, L), key minus query
     half = buckets // 2
@@ -107,8 +105,8 @@ class T5Encoder(nn.Module):
         self.config = c = config
         self.embedding = nn.Embedding(c.vocabulary, c.width)
         self.relative_bias = nn.Embedding(c.buckets, c.heads)
-        blocks = [T5Block(c.width, c.heads, c.head_width, c.mlp_width) for _ in range(c.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        shape = c.width, c.heads, c.head_width, c.mlp_width
+        self.blocks = nn.ModuleList(T5Block(*shape) for _ in range(c.depth))
         self.norm = nn.RMSNorm(c.width, eps=1e-6)
         self.initialise()
 
@@ -176,13 +174,13 @@ class Tokenizer:
             ids += [self.marks[part]] if part in self.marks else self.pieces.encode(part)
         return ids
 
-    def __call__(self, captions, length=None):
-        """B texts → tokens (B, L) and mask (B, L), padded to the longest; cut after `length` tokens."""
-        kept = (length or self.length) - 1
-        return padded([torch.tensor(self.encode(caption)[:kept] + [1]) for caption in captions])
+    def __call__(self, captions):
+        """B texts → tokens (B, L) and mask (B, L), padded to the longest."""
+        return padded([torch.tensor([*self.encode(text)[: self.length - 1], 1]) for text in captions])
 
 
-NAMES = {  # published name: name here
+NAMES = {  # part of a published name: its name here; None: outside of the encoder
+    "decoder.": None, "lm_head.": None, "encoder.": "",
     "block.0.layer.0.SelfAttention.relative_attention_bias": "relative_bias", "block.": "blocks.",
     "layer.0.SelfAttention.o.": "out.", "layer.0.SelfAttention.": "", "layer.0.layer_norm": "norm1",
     "layer.1.DenseReluDense.wi_0": "gate", "layer.1.DenseReluDense.wi_1": "up",
@@ -191,21 +189,12 @@ NAMES = {  # published name: name here
 }
 
 
-def t5_name(name):
-    """A tensor's name in a published T5 → its name here, or None outside of the encoder."""
-    if name.startswith(("decoder.", "lm_head.")):
-        return None
-    return replaced(name.removeprefix("encoder."), NAMES)
-
-
 def load_t5(folder, dtype=torch.bfloat16, device="cpu"):
-    """The folder of a published T5 1.1 or Flan-T5 → (Tokenizer, T5Encoder), frozen. dtype: bf16 or fp32 (T5
-    overflows in fp16). ValueError names what is wrong, and the folder or file."""
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"T5 runs in bf16 or fp32, not in {dtype}")
+    """The folder of a published T5 1.1 or Flan-T5 → (Tokenizer, T5Encoder), frozen. dtype: bf16 or fp32.
+    ValueError names what is wrong, and the folder or file."""
     config, pieces = T5Config.read(folder), file_in(folder, "spiece.model")
     try:
         tokenizer = Tokenizer(pieces.read_bytes(), length=256, extra=100)
     except RuntimeError:
         raise ValueError(f"{pieces} is not a sentencepiece model") from None
-    return tokenizer, load_frozen(T5Encoder, config, len(tokenizer), folder, t5_name, dtype, device)
+    return tokenizer, load_frozen(T5Encoder, config, len(tokenizer), folder, NAMES, dtype, device)

@@ -1,18 +1,18 @@
 """Weights on disk: the safetensors format, read here so that no sixth package is needed; published folders.
 
 A file is 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and
-the tensors' bytes without gaps. Nothing in it can run code. The header's "__metadata__" holds strings.
+the tensors' bytes without gaps. The header's "__metadata__" holds strings.
 
 A published folder is config.json and one file of weights, or several ("shards") with an index. Its files are
 not trusted: a header is checked against the file's size before anything that it claims is allocated, and .bin
-files (torch.save) are read as weights only, so that nothing in them runs.
+files (torch.save) are read as weights only, so that no code in them runs.
 """
 import json
 import math
-import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.files import written_whole
@@ -25,7 +25,6 @@ DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_LIMIT = 100_000_000  # bytes, the package's own limit
 FILES = (  # of a published folder; the first that exists counts
     "model.safetensors", "diffusion_pytorch_model.safetensors",
     "pytorch_model.bin", "diffusion_pytorch_model.bin",
@@ -35,14 +34,12 @@ FILES = (  # of a published folder; the first that exists counts
 def write(path, tensors, metadata=None):
     """Writes {name: tensor} and metadata {name: string} to `path`; the file appears complete or not at all.
     OSError, naming it, if it cannot be written (the disk may be full)."""
-    header, blobs, offset = {"__metadata__": metadata or {}}, [], 0
+    header, blobs, end = {"__metadata__": metadata or {}}, [], 0
     for name, tensor in tensors.items():
-        blob = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        end = offset + blob.size
+        blobs.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        start, end = end, end + blobs[-1].size
         dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
-        header[name] = dict(dtype=dtype, shape=shape, data_offsets=[offset, end])
-        blobs.append(blob)
-        offset = end
+        header[name] = dict(dtype=dtype, shape=shape, data_offsets=[start, end])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
     try:
@@ -56,17 +53,18 @@ def write(path, tensors, metadata=None):
 
 def read(path):
     """Returns ({name: tensor}, metadata). ValueError, naming the file, if it is damaged or something else."""
-    return dict(tensors_of(path)), header_of(path)[1]
+    entries, metadata = header_of(path)
+    return dict(tensors_of(path, entries)), metadata
 
 
 def header_of(path):
-    """Returns ({name: (dtype, shape, start, end)}, metadata), start and end in bytes. ValueError as in
-    `read`. The rules are the package's, and one more: no name may occur twice."""
+    """Returns ({name: (dtype, shape, start, size)}, metadata), start and size in bytes. ValueError as in
+    `read`. The rules are the package's, and two more: no name occurs twice, and torch can hold each shape."""
+    total = Path(path).stat().st_size
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, HEADER_LIMIT):
-            raise ValueError(f"{path} is not a safetensors file, or it was cut short: {size} bytes")
+        if total < 8 or length > min(total - 8, 100_000_000):  # the package's limit
+            raise ValueError(f"{path} is not a safetensors file, or it was cut short: {total} bytes")
         text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=without_twins)
@@ -74,27 +72,25 @@ def header_of(path):
         metadata = {} if metadata is None else metadata
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("the metadata are not strings")
-        entries = {name: checked_entry(name, entry, 8 + length) for name, entry in header.items()}
-        spans = sorted((start, end) for _, _, start, end in entries.values())
-        if [8 + length, *(end for _, end in spans)] != [*(start for start, _ in spans), size]:
-            raise ValueError(f"tensors overlap, leave a gap, or do not fill {size} bytes; was it cut short?")
+        entries, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, position = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *position))
+            if not isinstance(shape, list) or len(shape) > 64 or not whole:
+                raise ValueError(f"the shape or position of tensor {name!r} is not possible")
+            if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:  # zeros would hide an overflow
+                raise ValueError(f"tensor {name!r} is too large")
+            start, size = end, math.prod(shape) * dtype.itemsize
+            end = start + size
+            if position != [start, end]:
+                raise ValueError(f"tensor {name!r} does not fit its bytes, overlaps another or leaves a gap")
+            entries[name] = dtype, shape, 8 + length + start, size
+        if 8 + length + end != total:
+            raise ValueError(f"the tensors do not fill the file's {total} bytes; was it cut short?")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} is not a whole safetensors file: {reason}") from None
     return entries, metadata
-
-
-def checked_entry(name, entry, data):
-    """A tensor's entry in the header → (dtype, shape, start, end). data: where the tensors begin."""
-    dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or len(shape) > 64:
-        raise ValueError(f"the shape of tensor {name!r} is not a list of at most 64 numbers")
-    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)):
-        raise ValueError(f"the shape or position of tensor {name!r} is not possible")
-    size = math.prod(max(n, 1) for n in shape) * dtype.itemsize  # without zeros, which would hide an overflow
-    if size >= 2**63 or end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"tensor {name!r} does not fit its bytes")
-    return dtype, shape, data + start, data + end
 
 
 def without_twins(pairs):
@@ -119,24 +115,20 @@ def unpickled(path):
     return tensors
 
 
-def tensors_of(path, names=None):
-    """Yields (name, tensor) of a .safetensors or .bin file, one at a time; only those in `names` if given.
-    ValueError as in header_of and unpickled, or if the file lacks one of the names."""
-    pickled = str(path).endswith(".bin")
+def tensors_of(path, names):
+    """Yields (name, tensor) of a .safetensors or .bin file for each of `names`, one at a time. ValueError as
+    in header_of and unpickled, or if the file lacks one of them."""
+    pickled = Path(path).suffix == ".bin"
     entries = unpickled(path) if pickled else header_of(path)[0]
-    with open(path, "rb") as file:
-        for name in entries if names is None else names:
-            if name not in entries:
-                raise ValueError(f"{path} has no tensor {name!r}")
-            if pickled:
-                yield name, entries[name].detach()
-                continue
-            dtype, shape, start, end = entries[name]
-            data = bytearray(end - start)
-            file.seek(start)
-            if file.readinto(data) < len(data):
-                raise ValueError(f"{path} was cut short while it was read")
-            flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    for name in names:
+        if name not in entries:
+            raise ValueError(f"{path} has no tensor {name!r}")
+        if pickled:
+            yield name, entries[name].detach()
+        else:
+            dtype, shape, start, size = entries[name]
+            data = torch.from_numpy(np.fromfile(path, np.uint8, size, offset=start))
+            flat = data.view(dtype) if size else torch.empty(0, dtype=dtype)
             yield name, flat.reshape(shape)
 
 
@@ -154,7 +146,7 @@ def json_object(path):
 def file_in(folder, name):
     """Path of a file in a published folder. ValueError if there is no such file or folder."""
     path = Path(folder) / name
-    if not Path(folder).is_dir():
+    if not path.parent.is_dir():
         raise ValueError(f"there is no folder {folder}")
     if not path.is_file():
         raise ValueError(f"no {name} in {folder}")
@@ -174,26 +166,30 @@ def read_config(folder, *kinds):
 
 def whole_numbers(folder, config, **known):
     """Sizes in config.json; known: name here=(published name, default). ValueError if one is not above 0."""
-    for name, default in known.values():
-        value = config.get(name, default)
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{folder}/config.json: {name} is {value!r}, not a whole number above 0")
-    return {ours: config.get(name, default) for ours, (name, default) in known.items()}
+    sizes = {ours: config.get(key, default) for ours, (key, default) in known.items()}
+    for ours, size in sizes.items():
+        if type(size) is not int or size < 1:
+            key = known[ours][0]
+            raise ValueError(f"{folder}/config.json: {key} is {size!r}, not a whole number above 0")
+    return sizes
 
 
-def check_values(folder, config, **known):
-    """ValueError if config.json asks for what is not built here; known: name=(default, values built)."""
-    for name, (default, built) in known.items():
-        value = config.get(name, default)
-        if value not in built:
-            built = " or ".join(map(repr, built))
-            raise ValueError(f"{folder}/config.json: {name} is {value!r}; only {built} is built here")
+def check_values(folder, config, **built):
+    """ValueError if config.json asks for what is not built here. built: key=[values], its default first."""
+    for key, values in built.items():
+        value = config.get(key, values[0])
+        if value not in values:
+            only = " or ".join(map(repr, values))
+            raise ValueError(f"{folder}/config.json: {key} is {value!r}; only {only} is built here")
 
 
-def replaced(name, parts):
-    """The name with each of `parts` {theirs: ours} replaced, in this order."""
-    for theirs, ours in parts.items():
-        name = name.replace(theirs, ours)
+def renamed(name, names):
+    """A tensor's name with parts replaced in the order of `names`, {theirs: ours}; None if one is None."""
+    for theirs, ours in names.items():
+        if theirs in name:
+            if ours is None:
+                return None
+            name = name.replace(theirs, ours)
     return name
 
 
@@ -205,54 +201,46 @@ def files_of(folder):
         if path.exists():
             return dict.fromkeys(unpickled(path) if path.suffix == ".bin" else header_of(path)[0], path)
         if index.exists():
-            files, suffix = json_object(index).get("weight_map"), path.suffix
-            if not isinstance(files, dict) or not all(is_shard(file, suffix) for file in files.values()):
-                raise ValueError(f"{index} does not say which tensor is in which {suffix} file beside it")
+            files = json_object(index).get("weight_map")
+            beside = lambda file: Path(str(file)).name == file and file.endswith(path.suffix)
+            if not isinstance(files, dict) or not all(map(beside, files.values())):
+                raise ValueError(f"{index} does not say which tensor is in which {path.suffix} file there")
             return {name: path.with_name(file) for name, file in files.items()}
     raise ValueError(f"no weights in {folder}: none of {', '.join(FILES)}")
 
 
-def is_shard(file, suffix):
-    """Whether an index's value names a file with this suffix in the index's own folder."""
-    return isinstance(file, str) and file.endswith(suffix) and not set(file) & set("/\\:\0")
-
-
-def load_into(module, folder, rename, dtype=torch.float32, device="cpu"):
-    """Fills a module, on any device or "meta", from a published folder; returns it. Memory holds the module
-    and one tensor. Floating-point tensors become `dtype`. rename: published name → name here, or None to
-    leave a tensor out; of two with one name (T5 lists its embedding twice), the alphabetically last counts.
-    ValueError, naming the folder or file, if a tensor or shard is missing, a tensor has another shape or no
-    place in the module, or a file is damaged; the module is then unchanged."""
+def load_into(module, folder, names, dtype=torch.float32, device="cpu"):
+    """Fills a module, on any device or "meta", from a published folder, in `dtype`; returns it. Memory holds
+    the module and one tensor. names: as in `renamed`; None leaves a tensor out. Of two with one name (T5
+    lists its embedding twice), the alphabetically last counts. ValueError, naming the folder or file, if the
+    tensors are not the module's or a file is missing or damaged; the module is then unchanged."""
     files, expected = files_of(folder), module.state_dict()
-    source = {ours: name for name in sorted(files) if (ours := rename(name)) is not None}
+    source = {ours: name for name in sorted(files) if (ours := renamed(name, names)) is not None}
     missing = [name for name in expected if name not in source]
-    if missing:
-        counts = f"{len(missing)} of the model's {len(expected)}"
-        raise ValueError(f"{folder} lacks {counts} tensors, {missing[0]!r} for one")
-    extra = [name for ours, name in source.items() if ours not in expected]
-    if extra:
-        tensors = f"{len(extra)} tensors that have no place in the model"
-        raise ValueError(f"{folder} holds {tensors}, {extra[0]!r} for one")
+    unknown = [name for ours, name in source.items() if ours not in expected]
+    if missing or unknown:
+        lists = f"missing {missing[:3]}, unknown {unknown[:3]}"
+        raise ValueError(f"{folder} does not hold the model's {len(expected)} tensors: {lists}")
     state = {}
     for path in sorted({files[name] for name in source.values()}):
         if not path.exists():
             raise ValueError(f"{path} is missing: the index beside it lists it")
-        names = {name: ours for ours, name in source.items() if files[name] == path}
-        for name, tensor in tensors_of(path, names):
-            shape, found = tuple(expected[names[name]].shape), tuple(tensor.shape)
-            if found not in (shape, (*shape, 1, 1)):  # a linear layer may be written as a 1×1 convolution
-                raise ValueError(f"{path}: tensor {name!r} has the shape {found}, the model has {shape}")
-            kind = dtype if tensor.is_floating_point() else tensor.dtype
+        wanted = {name: ours for ours, name in source.items() if files[name] == path}
+        for name, tensor in tensors_of(path, wanted):
+            shape = expected[wanted[name]].shape
+            if tensor.shape not in (shape, (*shape, 1, 1)):  # a linear layer may be a 1×1 convolution there
+                found = f"has the shape {tuple(tensor.shape)}, the model has {tuple(shape)}"
+                raise ValueError(f"{path}: tensor {name!r} {found}")
             tensor = tensor.reshape(shape)
-            state[names[name]] = tensor.to(device, kind, copy=True, memory_format=torch.contiguous_format)
+            state[wanted[name]] = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     module.load_state_dict(state, assign=True)
     return module
 
 
-def load_frozen(kind, config, pieces, folder, rename, dtype, device):
+def load_frozen(kind, config, pieces, folder, names, dtype, device):
     """kind(config), a text encoder, filled and frozen. ValueError as in load_into, or if it lacks pieces."""
     if pieces > config.vocabulary:
         raise ValueError(f"{folder}: the tokenizer has {pieces} pieces, the model {config.vocabulary}")
     with torch.device("meta"):  # no memory and no random numbers: every parameter is replaced
         encoder = kind(config)
-    return load_into(encoder, folder, rename, dtype, device).eval().requires_grad_(False)
+    return load_into(encoder, folder, names, dtype, device).eval().requires_grad_(False)

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from common.files import FORMAT
 from encoders import weights
 from encoders.autoencoder import Autoencoder, AutoencoderConfig
-from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, fade, tile_starts
+from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from encoders.autoencoders import build, load
 
 PUBLISHED = (128, 256, 512, 512)
@@ -127,16 +127,12 @@ def test_half_precision_files_become_fp32(folder):
     [
         (dict(_class_name="VQModel"), "is of a model of type 'VQModel', not AutoencoderKL"),
         (dict(act_fn="gelu"), "act_fn is 'gelu'"),
-        (dict(down_block_types=["DownEncoderBlock2D", "AttnDown"]), "down_block_types is .*Attn"),
-        (dict(up_block_types=["UpDecoderBlock2D"]), "up_block_types"),
-        (dict(mid_block_add_attention=False), "mid_block_add_attention is False"),
         (dict(latents_mean=[0.0] * 4), "latents_mean"),
         (dict(latents_std=[1.0] * 4), "latents_std"),
-        (dict(in_channels=1), "in_channels is 1"),
         (dict(norm_num_groups=3), "divisible by num_groups"),
         (dict(block_out_channels=8), "int"),
-        (dict(use_quant_conv=False), "have no place in the model, .quant_conv"),
-        (dict(layers_per_block=2), "lacks .* 'encoder.down_blocks.0.resnets.1"),
+        (dict(use_quant_conv=False), r"missing \[\], unknown .'quant_conv"),
+        (dict(layers_per_block=2), "missing .'encoder.down_blocks.0.resnets.1"),
         (dict(latent_channels=8), "conv_.*.weight. has the shape"),
     ],
 )
@@ -146,13 +142,30 @@ def test_a_config_that_does_not_fit_is_named(folder, change, message):
     one_line(folder, message)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]), "unknown .'encoder.down_blocks.1.att"),
+        (dict(up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]), "unknown .'decoder.up_blocks.0.attentions"),
+        (dict(mid_block_add_attention=False), "missing .'encoder.mid_block.attentions.0"),
+        (dict(in_channels=1), "'encoder.conv_in.weight' has the shape"),
+        (dict(out_channels=1), "'decoder.conv_out.bias' has the shape"),
+    ],
+)
+def test_other_layers_are_named(tmp_path, change, message):
+    sizes = dict(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    kinds = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    diffusers.AutoencoderKL(**sizes | kinds | change).save_pretrained(tmp_path)
+    one_line(tmp_path, message)
+
+
 def test_files_that_do_not_fit_are_named(folder, tmp_path_factory):
     file = folder / "diffusion_pytorch_model.safetensors"
     tensors = weights.read(file)[0]
     weights.write(file, {name: tensor for name, tensor in tensors.items() if name != "quant_conv.bias"})
-    one_line(folder, "lacks 1 of .*'quant_conv.bias'")
+    one_line(folder, r"missing .'quant_conv.bias'., unknown \[\]")
     weights.write(file, tensors | {"loss.discriminator": torch.zeros(3)})
-    one_line(folder, "'loss.discriminator'")
+    one_line(folder, r"missing \[\], unknown .'loss.discriminator'.")
     weights.write(file, tensors | {"quant_conv.bias": torch.zeros(3)})
     one_line(folder, "'quant_conv.bias' has the shape")
     weights.write(file, tensors)
@@ -228,8 +241,7 @@ def test_the_published_size():
 
 
 def test_the_forward_pass_on_a_gpu():
-    """With fake tensors, which have no values, and so need no GPU (slices of them do: tiles are tested on
-    "meta" above)."""
+    """With fake tensors, which have no values, and so need no GPU."""
     with torch.device("meta"):
         model = AutoencoderKL(AutoencoderKLConfig(4, (8, 16), 1, 4))
     with FakeTensorMode(), torch.no_grad():
@@ -251,69 +263,12 @@ def test_slices_equal_the_whole():
     latents = model.encode(pictures)
     decoded = model.decode(latents)
     assert seen == [5, 5]
+    for positions, sizes in ((144, [2, 2, 1]), (36, [1] * 5)):  # a picture has 64
+        seen.clear()
+        model.at_once = positions
+        assert near(model.encode(pictures), latents) and near(model.decode(latents), decoded)
+        assert seen == sizes * 2
     seen.clear()
-    model.tile = 12  # 144 positions, of which a picture has 64
-    assert near(model.encode(pictures), latents) and near(model.decode(latents), decoded)
-    assert seen == [2, 2, 1, 2, 2, 1]
-    seen.clear()
-    model.tile = 6  # fewer than a picture has: encoded whole, decoded in 2×2 tiles, one picture at a time
-    assert near(model.encode(pictures), latents)
-    assert model.decode(latents).shape == decoded.shape and seen == [1] * 5 + [1] * 4 * 5
-
-
-def test_tiles_cover_all_and_overlap_by_a_quarter():
-    for tile in (8, 10, 64):
-        for length in range(1, 5 * tile):
-            starts = tile_starts(length, tile)
-            assert starts[0] == 0 and starts[-1] == max(0, length - tile)
-            assert all(0 < b - a <= tile * 3 / 4 for a, b in zip(starts, starts[1:]))
-    assert (fade(6) * 3 / fade(6).max()).tolist() == [1, 2, 3, 3, 2, 1]
-
-
-def step(x):
-    """The largest change from a pixel to the next but one, right or down (upsampling leaves a pattern of two
-    pixels), not counting the border of the picture, where padding shows."""
-    x = x[..., 4:-4, 4:-4]
-    return max((x[..., 2:, :] - x[..., :-2, :]).abs().max(), (x[..., 2:] - x[..., :-2]).abs().max())
-
-
-@torch.no_grad()
-def test_tiles_leave_no_seams():
-    """Smooth latents, of waves of 16 positions: in tiles the picture is as smooth as decoded whole."""
-    model = shake(AutoencoderKL(AutoencoderKLConfig(4, (16, 32), 1, 4)))
-    y, x = torch.meshgrid(torch.arange(72) * torch.pi / 8, torch.arange(100) * torch.pi / 8, indexing="ij")
-    latents = torch.stack([x.sin(), (x + y).cos(), (y - x).sin(), y.cos()])[None]
-    model.tile = 100
-    whole = model.decode(latents)
-    model.tile = 48
-    tiled = model.decode(latents)
-    assert not torch.equal(tiled, whole)
-    assert (tiled - whole).abs().mean() < 0.05 * whole.std() and step(tiled) < 1.1 * step(whole)
-
-
-def test_tiles_of_other_colours_fade_into_each_other():
-    """A decoder that gives the mean of what it sees: from tile to tile the colour changes, in a straight line
-    over the quarter of a tile that two of them share, 4 positions or 8 pixels."""
-    model = AutoencoderKL(AutoencoderKLConfig(3, (8, 8), 1, 4, scaling_factor=1.0, post_quant_conv=False))
-    del model.decoder
-    model.decoder = lambda z: z.mean((1, 2, 3), keepdim=True).expand(-1, 3, 2 * z.shape[2], 2 * z.shape[3])
-    model.tile = 16
-    latents = torch.arange(40.0).expand(1, 3, 20, 40)  # tile means: 7.5, 19.5, 31.5
-    row = model.decode(latents)[0, 0, 9]
-    line = torch.arange(1, 9) / 9 * 12
-    flat = lambda length, value: torch.full((length,), value)
-    expected = [flat(24, 7.5), 7.5 + line, flat(16, 19.5), 19.5 + line, flat(24, 31.5)]
-    torch.testing.assert_close(row, torch.cat(expected))
-
-
-@pytest.mark.rounding
-@torch.no_grad()
-def test_what_fits_a_tile_is_decoded_exactly():
-    model = shake(AutoencoderKL(AutoencoderKLConfig(4, (8, 16), 1, 4)))
-    latents = torch.randn(2, 4, 8, 16)
-    whole = model.decode(latents)
-    near = lambda found: (found - whole).abs().max() <= rounding(whole, sums=20 * 144)  # as above
-    model.tile = 12  # as many positions as 12×12 are decoded at once, whatever their shape
-    assert near(model.decode(latents))
-    model.tile = 16
-    assert near(model.decode_tiles(latents * model.scale))
+    model.at_once = 144
+    model.decode(torch.randn(3, 4, 4, 32))  # as many positions as 12×12, whatever their shape
+    assert seen == [1, 1, 1]

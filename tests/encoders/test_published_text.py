@@ -21,7 +21,7 @@ from oracles import SPIECE, clip, save, t5, whole_clip
 from attention import fused_attention, use_attention, written_out_attention
 from conditioning import last_token
 from encoders import weights
-from encoders.clip import BytePairs, CLIPConfig, CLIPTextEncoder, CLIPTokenizer, clip_name, load_clip, words
+from encoders.clip import NAMES, CLIPConfig, CLIPTextEncoder, CLIPTokenizer, load_clip, words
 from encoders.t5 import T5Config, Tokenizer, load_t5
 
 PROMPTS = [
@@ -89,16 +89,8 @@ def test_t5_runs_in_bf16_and_not_in_fp16(tmp_path, byte_pairs):
     tokens, mask = tokenizer(PROMPTS[:3])
     exact = load_t5(folder, torch.float32)[1](tokens, mask)
     assert (encoder(tokens, mask) - exact)[mask].abs().max() < 0.05 * exact.abs().max()
-    with pytest.raises(ValueError, match="bf16 or fp32, not in torch.float16"):
-        load_t5(folder, torch.float16)
     with pytest.raises(ValueError, match="overflows in fp16"):
         encoder.half()(tokens, mask)
-
-
-def test_clip_refuses_more_tokens_than_positions(tmp_path, byte_pairs):
-    tokenizer, encoder = load_clip(save(clip(max_position_embeddings=20), tmp_path, byte_pairs))
-    with pytest.raises(ValueError, match="30 tokens, but this CLIP has 20 positions"):
-        encoder(*tokenizer(PROMPTS, length=30))
 
 
 def test_every_published_size_is_read(tmp_path):
@@ -191,6 +183,13 @@ def change_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def drop_key(folder, key):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config[key]
+    path.write_text(json.dumps(config))
+
+
 def change_weights(folder, change, file="model.safetensors"):
     tensors = weights.read(folder / file)[0]
     change(tensors)
@@ -207,8 +206,8 @@ def add_index(folder, **places):
 
 NORM = "encoder.final_layer_norm.weight"
 ERRORS = {  # what is done to the folder of a T5: what is said of it, beside the folder's name
-    "lacks 1 of the model's 21 tensors, 'norm.weight'": lambda f: change_weights(f, lambda t: t.pop(NORM)),
-    "holds 1 tensors that have no place in the model, 'encoder.block.2.x'": lambda f: change_weights(
+    "the model's 21 tensors: missing ['norm.weight'], unknown []": lambda f: change_weights(f, lambda t: t.pop(NORM)),
+    "missing [], unknown ['encoder.block.2.x']": lambda f: change_weights(
         f, lambda t: t.update({"encoder.block.2.x": t[NORM]})
     ),
     "has the shape (5,), the model has (24,)": lambda f: change_weights(
@@ -217,8 +216,9 @@ ERRORS = {  # what is done to the folder of a T5: what is said of it, beside the
     "is not a whole safetensors file": lambda f: os.truncate(f / "model.safetensors", 3_000_000),
     "is not a safetensors file": lambda f: os.truncate(f / "model.safetensors", 100),
     "config.json is of a model of type 'umt5', not t5": lambda f: change_config(f, model_type="umt5"),
-    "feed_forward_proj is 'relu'; only 'gated-gelu' is built": lambda f: change_config(
-        f, feed_forward_proj="relu"
+    "feed_forward_proj is 'relu'; only 'gated-gelu' is built": lambda f: drop_key(f, "feed_forward_proj"),
+    "feed_forward_proj is 'gated-silu'; only 'gated-gelu' is built": lambda f: change_config(
+        f, feed_forward_proj="gated-silu"
     ),
     "layer_norm_epsilon is 1e-05; only 1e-06 is built": lambda f: change_config(f, layer_norm_epsilon=1e-5),
     "d_model is 'wide', not a whole number": lambda f: change_config(f, d_model="wide"),
@@ -296,7 +296,7 @@ def test_a_module_is_as_before_where_loading_fails(tmp_path, byte_pairs):
     encoder = CLIPTextEncoder(CLIPConfig.read(folder))
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     with pytest.raises(ValueError, match="has the shape"):
-        weights.load_into(encoder, folder, clip_name)
+        weights.load_into(encoder, folder, NAMES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
@@ -405,19 +405,19 @@ def texts(count=600):
 
 def test_clip_tokens_are_those_of_transformers(byte_pairs):
     theirs = transformers.CLIPTokenizer.from_pretrained(byte_pairs)
-    pairs = BytePairs.read(byte_pairs)
+    tokenizer = CLIPTokenizer.read(byte_pairs)
     many = texts() + ["x <|endoftext|> y", "<|startoftext|>z<|endoftext|>"]
     for text, ids in zip(many, theirs(many, add_special_tokens=False)["input_ids"], strict=True):
-        assert pairs.encode(text) == ids, repr(text[:200])
+        assert tokenizer.encode(text) == ids, repr(text[:200])
     letters = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
     runs = ["a" + "1".join(letters[i : i + 50]) for i in range(0, len(letters), 50)]  # every named character
     for text, ids in zip(runs, theirs(runs, add_special_tokens=False)["input_ids"], strict=True):
-        assert pairs.encode(text) == ids, repr(text)
+        assert tokenizer.encode(text) == ids, repr(text)
 
 
 def test_clip_batches_are_cut_and_padded(byte_pairs):
     theirs = transformers.CLIPTokenizer.from_pretrained(byte_pairs)
-    tokenizer = CLIPTokenizer(BytePairs.read(byte_pairs))
+    tokenizer = CLIPTokenizer.read(byte_pairs)
     for batch in (PROMPTS, PROMPTS[:3], [""]):
         tokens, mask = tokenizer(batch)
         expected = theirs(batch, padding=True, truncation=True, max_length=77, return_tensors="pt")

@@ -45,7 +45,7 @@ def test_encoder_keeps_values_of_order_one():
 
 def test_tokenizer_pads_cuts_and_ends():
     tokenizer = Tokenizer.train(CAPTIONS)
-    tokens, mask = tokenizer(["a red circle above a pink square", "a star"], length=5)
+    tokens, mask = Tokenizer(tokenizer.model, length=5)(["a red circle above a pink square", "a star"])
     assert tokens.shape == (2, 5) and mask.sum(1).tolist()[0] == 5
     assert tokens[0, -1] == 1 and tokens[1][mask[1]][-1] == 1 and (tokens[1][~mask[1]] == 0).all()
     assert Tokenizer.train(CAPTIONS).model == tokenizer.model
