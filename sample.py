@@ -9,9 +9,8 @@ grid of pictures to samples.png. With --frames it writes an animation to samples
 NAME.mp4) and all frames of it to samples.png.
 
 --prompts reads a list of prompts: one a line, as T2I-CompBench has them, or a table with tabs and a column
-"Prompt", as PartiPrompts. It writes OUT/samples/PROMPT_NUMBER.png, the folder that T2I-CompBench's scripts
-read. Pictures that are there already stay, so the command goes on where it was stopped. Under torchrun each
-process draws its share.
+"Prompt", as PartiPrompts. It writes the folder that T2I-CompBench's scripts read: PROMPT_NUMBER.png in
+OUT/samples. Pictures that are there already stay. Under torchrun each process draws its share.
 
 `Pipeline` is what a prompt passes through: tokenizer → text encoder → diffusion transformer, called by a
 sampler under guidance → autoencoder. Letters: B batch, F frames, C latent channels, L text tokens, E width of
@@ -19,12 +18,12 @@ an encoder.
 """
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from attention import choose_attention
 from common import figures
@@ -33,7 +32,6 @@ from common.files import FORMAT, check_format, newest_run
 from common.flags import SEEDS, flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of, products_in
 from data import prompt_lists
-from data.prompt_lists import words_of
 from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, gaussian, motion_free_guidance
 from dit import GenTron, ModelConfig
 from encoders import weights
@@ -48,9 +46,8 @@ class Pipeline(nn.Module):
     config: a dictionary that is saved with the weights. "model", "diffusion" and "autoencoder" hold the
     arguments of those classes; "text" those of the mini T5, which trains along, or "published" the folders of
     frozen encoders, {"clip": DIR, "t5": DIR} or one of the two; "image_size" and, of a video model, "frames";
-    "words" those of the training captions, if they are known; "flags" and "processor" tell how it was
-    trained. tokenizer: the mini T5's. empty: the transformer has no values yet. ValueError if a published
-    folder is not what it should be."""
+    "words" those of the training captions, if known; "flags" and "processor" tell how it was trained.
+    tokenizer: the mini T5's. empty: the transformer has no values yet. ValueError for a bad folder."""
 
     def __init__(self, config, tokenizer=None, empty=False):
         super().__init__()
@@ -97,9 +94,7 @@ class Pipeline(nn.Module):
         A prompt's result depends on the prompt and the seed (one for all, or a list) alone, up to rounding: a
         batch of another size is multiplied by other kernels. lambda_t, lambda_m, rescale, interval: the
         guidance of diffusion.py. frames: F, and size: (H, W), if not as the model was trained. ValueError for
-        an unknown sampler, a number of steps that is not possible, or frames of an image model."""
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+        a number of steps that is not possible, or frames of an image model."""
         seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
         generators = [generator_of(prompt, seed) for prompt, seed in zip(prompts, seeds)]
         x = gaussian(self.latent_shape(frames, size), generators).to(self.device)  # (B, [F,] C, h, w)
@@ -141,13 +136,8 @@ class Pipeline(nn.Module):
         pictures = torch.cat([to_bytes(self.autoencoder.decode(part)).cpu() for part in parts])
         return pictures.view(*x.shape[:-3], *pictures.shape[1:])
 
-    def unknown_words(self, prompt):
-        """The words of a prompt that no training caption had; none if the captions' words are not known."""
-        known = self.config["words"]
-        return sorted(set(words_of(prompt)) - set(known)) if known else []
-
     def save(self, path, state=None):
-        """Writes weights (or `state` in their place), config and tokenizer to one file."""
+        """Writes weights (`state`, if given), config and tokenizer to one file."""
         state = dict(state or self.state_dict())
         if "published" in self.config:  # their folders are named in the config
             state = {name: tensor for name, tensor in state.items() if not name.startswith("text_encoders.")}
@@ -157,8 +147,8 @@ class Pipeline(nn.Module):
 
     @classmethod
     def load(cls, folder, **published):
-        """The model of a run's folder, or of its model.safetensors. published: the folders of encoders that
-        have moved, clip=DIR, t5=DIR. ValueError, naming the file, if there is none or it does not fit."""
+        """The model of a run's folder, or of its model.safetensors. published: folders of encoders that have
+        moved, clip=DIR, t5=DIR. ValueError, naming the file, if there is none or it does not fit."""
         path = Path(folder) if Path(folder).is_file() else Path(folder) / "model.safetensors"
         if not path.exists():
             raise ValueError(f"no model.safetensors in {folder}: is it a run of train.py image?")
@@ -167,15 +157,15 @@ class Pipeline(nn.Module):
         try:
             config = json.loads(metadata["config"])
             tokenizer = None
-            if "tokenizer" in tensors:
+            if "published" in config:
+                config["published"] |= {name: moved for name, moved in published.items() if moved}
+            else:
                 tokenizer = Tokenizer(tensors.pop("tokenizer").numpy().tobytes())
-            config.get("published", {}).update({name: moved for name, moved in published.items() if moved})
             model = cls(config, tokenizer, empty=True)
             model.transformer.to_empty(device="cpu")
-            missing, unexpected = model.load_state_dict(tensors, strict=False)
-            missing = [name for name in missing if tokenizer or not name.startswith("text_encoders.")]
-            if missing or unexpected:
-                raise ValueError(f"of its tensors are missing {missing[:3]}, too many {unexpected[:3]}")
+            if "published" in config:
+                tensors |= model.text_encoders.state_dict(prefix="text_encoders.")
+            model.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} is not a model of train.py image: {reason}") from None
@@ -235,25 +225,25 @@ def main(arguments):
     choose_attention(model, flags.attention, device)
     clips = model.transformer.config.temporal
     out = prompt_lists.output_of(flags.out, into_folder, clips)
-    for prompt in prompts:
-        if unknown := model.unknown_words(prompt):
-            print(f'note: in "{prompt}" no training caption had: {", ".join(unknown)}', file=sys.stderr)
+    prompt_lists.note_unknown_words(prompts, model.config["words"])
 
-    def draw(prompts, seeds):
-        guidance = flags.lambda_t, flags.lambda_m, flags.rescale, interval
-        return model.generate(prompts, seeds, flags.sampler, flags.steps, *guidance, flags.frames, size)
+    guidance = flags.lambda_t, flags.lambda_m, flags.rescale, interval
+    options = flags.sampler, flags.steps, *guidance, flags.frames, size
 
+    def draw(samples):
+        """List of (prompt, seed) → yields a picture or clip for each."""
+        for i in tqdm(range(0, len(samples), flags.batch_size), desc="sampling", disable=None):
+            prompts, seeds = map(list, zip(*samples[i : i + flags.batch_size]))
+            yield from model.generate(prompts, seeds, *options)
+
+    samples = [(prompt, flags.seed + k) for prompt in prompts for k in range(flags.per_prompt)]
     kind = "clip" if clips else "picture"
     source = f"from {folder}, {model.precision} products"
     if into_folder:
-        samples = [(prompt, flags.seed + k) for prompt in prompts for k in range(flags.per_prompt)]
-        out = out / "samples"
-        new, count = prompt_lists.write_folder(draw, samples, out, flags.batch_size, clips, flags.fps)
-        print(f"{new} new of {count} {kind}s {source} → {out}")
+        new = prompt_lists.write_folder(draw, samples, out, clips, flags.fps)
+        print(f"{new} new of {len(samples)} {kind}s {source} → {out}")
         return
-    starts = prompt_lists.progress(len(prompts), flags.batch_size)
-    batches = (prompts[i : i + flags.batch_size] for i in starts)
-    done = torch.cat([draw(batch, [flags.seed] * len(batch)) for batch in batches])
+    done = torch.stack(list(draw(samples)))
     out.parent.mkdir(parents=True, exist_ok=True)
     if clips:
         figures.animation(done, prompts, flags.fps, out, flags.zoom)

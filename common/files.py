@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and what was left out of a folder, said in a few lines."""
+"""Files: written whole or not at all; what was left out of a folder; the format of models; the newest run."""
 import contextlib
 import os
 import uuid
@@ -22,8 +22,8 @@ def print_left_out(skipped, used, most=20):
     """skipped: a list of (path, reason); used: how many files were used."""
     if skipped:
         print(f"{len(skipped)} of {len(skipped) + used} files were left out:")
-        for path, reason in skipped[:most]:
-            print(f"  {path}: {reason}")
+    for path, reason in skipped[:most]:
+        print(f"  {path}: {reason}")
     if len(skipped) > most:
         print(f"  … and {len(skipped) - most} more")
 
@@ -32,8 +32,7 @@ FORMAT = 1  # of models and checkpoints: what their tensors and settings are cal
 
 
 def check_format(path, number):
-    """ValueError, naming the file, unless this code reads files of the format `number` (None: there was none
-    yet)."""
+    """ValueError, naming the file, unless this code reads the format `number` (None: a file without one)."""
     if number is None:
         raise ValueError(f"{path} was made by an earlier version of this code: train it again")
     if int(number) > FORMAT:
@@ -42,8 +41,9 @@ def check_format(path, number):
 
 def newest_run(stage="image"):
     """The folder of the run whose model was written last. ValueError if there is none."""
-    found = sorted(Path("runs").glob(f"{stage}*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    models = Path("runs").glob(f"{stage}*/model.safetensors")
+    newest = max(models, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
         hint = f"train one with `python train.py {stage}`, or name one: --checkpoint DIR"
         raise ValueError(f"no run found in runs/: {hint}")
-    return found[-1].parent
+    return newest.parent

@@ -17,12 +17,12 @@ import math
 import sys
 from pathlib import Path
 
-KINDS = {int: "a whole number", float: "a number"}
 SEEDS = 10**9  # the largest --seed: what is made of it fits every generator
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def flag(default, help, low=None, high=None, choices=None, group=None):
+def flag(default, help, low=None, high=math.inf, choices=(), group=None):
     """A field. low and high: the range, ends included. choices: the values that it may have. group: a title
     in --help, for this flag and those that follow."""
     metadata = dict(help=help, low=low, high=high, choices=choices, group=group)
@@ -34,29 +34,25 @@ def read(kind, arguments, command, about, words=None):
     of words that are no flags. command: how it is called; about: its description; words: what the words are
     called, such as PROMPT, if it takes any. ValueError, naming the flag, for an unknown one or a value that
     is not possible."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=command, description=about, allow_abbrev=False, formatter_class=shown)
+    fields = kind.__dataclass_fields__
+    parser = Parser(prog=command, description=about, allow_abbrev=False)
     if words:
         parser.add_argument("words", metavar=words, nargs="*")
     group = parser
     for name, field in fields.items():
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
-        metavar = METAVARS[field.type]
-        if field.metadata["choices"]:
-            metavar = "|".join(field.metadata["choices"])
         text = field.metadata["help"].replace("%", "%%")
         if field.default not in ("", False):
             text += f" (default: {str(field.default).lower()})"
+        metavar = "|".join(field.metadata["choices"]) or METAVARS[field.type]
         group.add_argument(f"--{dashed(name)}", metavar=metavar, help=text, default=argparse.SUPPRESS)
     given = vars(parser.parse_intermixed_args(prepared(arguments, fields)))
     rest = given.pop("words", [])
-    values = {name: converted(fields[name], text) for name, text in given.items()}
-    config = kind(**values)
-    for name in values:
+    config = kind(**{name: converted(fields[name], text) for name, text in given.items()})
+    for name in given:
         check(config, name)
-    return config, set(values), rest
+    return config, set(given), rest
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,15 +70,16 @@ def dashed(name):
 def prepared(arguments, fields):
     """The arguments, with --flag as --flag=true where a switch has no value after it. ValueError for an
     unknown flag."""
+    known = {f"--{dashed(name)}": field for name, field in fields.items()}
     result = []
     for word, following in zip(arguments, [*arguments[1:], ""]):
-        name, equals, _ = word.removeprefix("--").partition("=")
-        field = fields.get(name.replace("-", "_"))
-        if word.startswith("--") and name != "help" and field is None:
-            near = difflib.get_close_matches(name, map(dashed, fields), 1, 0)[0]
-            raise ValueError(f"unknown flag --{name}; did you mean --{near}?")
-        alone = word.startswith("--") and field and field.type is bool and not equals
-        result.append(f"{word}=true" if alone and following not in ("true", "false") else word)
+        name, equals, _ = word.partition("=")
+        if name.startswith("--") and name not in (*known, "--help"):
+            near = difflib.get_close_matches(name, known, 1, 0)[0]
+            raise ValueError(f"unknown flag {name}; did you mean {near}?")
+        if name in known and known[name].type is bool and not equals and following not in ("true", "false"):
+            word = f"{name}=true"
+        result.append(word)
     return result
 
 
@@ -90,32 +87,26 @@ def converted(field, text):
     """The text of a value → the value, by the field's type. ValueError if it is none."""
     if field.type is str:
         return text
-    if field.type is bool:
-        if text not in ("true", "false"):
-            raise ValueError(f"--{dashed(field.name)} {text}: not true or false")
-        return text == "true"
     try:
+        if field.type is bool:
+            return {"true": True, "false": False}[text]
         value = field.type(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"--{dashed(field.name)} {text}: not {KINDS[field.type]}")
-    return value
+        if abs(value) < math.inf:  # neither infinite nor NaN
+            return value
+    except (KeyError, ValueError):
+        pass
+    raise ValueError(f"--{dashed(field.name)} {text}: not {KINDS[field.type]}")
 
 
 def check(config, name):
     """ValueError, naming the flag, if a field's value is outside of its range or none of its choices."""
-    field = next(field for field in dataclasses.fields(config) if field.name == name)
-    value, low, high = getattr(config, name), field.metadata["low"], field.metadata["high"]
-    problem = ""
-    if field.metadata["choices"] and value not in field.metadata["choices"]:
-        problem = f"not one of {', '.join(field.metadata['choices'])}"
-    elif low is not None and value < low and high is None:
-        problem = f"must be at least {low}"
-    elif low is not None and not low <= value <= (math.inf if high is None else high):
-        problem = f"must be from {low} to {high}"
-    if problem:
-        raise ValueError(f"--{dashed(name)} {value}: {problem}")
+    value, limits = getattr(config, name), config.__dataclass_fields__[name].metadata
+    low, high, choices = limits["low"], limits["high"], limits["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"--{dashed(name)} {value}: not one of {', '.join(choices)}")
+    if low is not None and not low <= value <= high:
+        wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"--{dashed(name)} {value}: must be {wanted}")
 
 
 def run_command(main):

@@ -14,7 +14,6 @@ class Flops(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
         result = function(*arguments, **options)
-        count = flop_registry.get(function.overloadpacket)
-        if count:
-            self.total += count(*arguments, **options, out_val=result)
+        if function.overloadpacket in flop_registry:
+            self.total += flop_registry[function.overloadpacket](*arguments, **options, out_val=result)
         return result

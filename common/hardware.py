@@ -8,7 +8,7 @@ import functools
 import os
 import platform
 import re
-import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -35,13 +35,16 @@ def device_of(name="auto"):
 
 def processor(device):
     """The name of the GPU or CPU, with torch's version: what decides which precision is faster."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    name = platform.processor() or device.type
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
-    name = re.search(r"model name\s*: (.*)", text)
-    bf16 = ", bf16 instructions" if "bf16" in text else ""
-    return f"{name[1] if name else platform.processor() or device.type}{bf16}, torch {torch.__version__}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu" and cpuinfo.exists():
+        text = cpuinfo.read_text()
+        found = re.search(r"model name\s*: (.*)", text)
+        name = found[1] if found else name
+        name += ", bf16 instructions" if "bf16" in text else ""
+    return f"{name}, torch {torch.__version__}"
 
 
 @functools.cache
@@ -49,31 +52,19 @@ def matmul_rate(device, dtype):
     """FLOP/s of a square product on this machine, large enough to fill it; measured once."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
-    best = 0.0
-    for _ in range(8):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
-def faster_precision(device):
-    """"bf16" or "fp32", whichever products are computed faster in. With instructions for it, bf16 is faster
-    by far; without, slower by far."""
-    faster = matmul_rate(device, torch.bfloat16) > matmul_rate(device, torch.float32)
-    return "bf16" if faster else "fp32"
+    seconds = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=8)
+    return 2 * n**3 / min(seconds)
 
 
 def precision_of(precision, device, chosen=None):
     """--precision → "fp32" or "bf16". chosen: {"processor", "precision"} of the run that this goes on with or
-    draws from: on the same processor "auto" is what it was. ValueError for another name."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"--precision {precision}: not one of {', '.join(PRECISIONS)}")
+    draws from: on the same processor "auto" is what it was."""
     if precision != "auto":
         return precision
     if chosen and chosen["processor"] == processor(device):
         return chosen["precision"]
-    return faster_precision(device)
+    # with instructions for it, bf16 is faster by far; without, slower by far
+    return max(DTYPES, key=lambda name: matmul_rate(device, DTYPES[name]))
 
 
 def products_in(precision, device):

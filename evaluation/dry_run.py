@@ -23,7 +23,7 @@ from encoders.clip import CLIPConfig, CLIPTextEncoder
 from encoders.t5 import T5Config, T5Encoder
 from encoders.text import CONFIGS, NULL_TOKENS, POOLING
 
-ENCODERS = {"clip": CLIPTextEncoder, "t5": T5Encoder}
+ENCODERS = {"clip": CLIPTextEncoder, "t5": T5Encoder, "text encoder": T5Encoder}
 T5_XXL = T5Config(vocabulary=32128, width=4096, depth=24, heads=64, head_width=64, mlp_width=10240)
 PARTS = ("self_attention", "cross_attention", "temporal", "mlp", "modulation", "condition")  # of names
 STATE_BYTES = dict(adamw=8, muon=4)  # of the optimizer for each parameter: two moments in fp32, or one
@@ -35,27 +35,23 @@ class Peak(TorchDispatchMode):
 
     def __init__(self, kept):
         super().__init__()
-        self.kept = {tensor.untyped_storage()._cdata: tensor for tensor in kept}
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.alive = {tensor.untyped_storage()._cdata for tensor in kept}
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
         for tensor in filter(torch.is_tensor, tree_leaves(result)):
-            self.add(tensor.untyped_storage())
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.alive:
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
         return result
 
-    def add(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.kept or key in self.alive:
-            return
-
-        def freed(_):
-            self.now -= size
-            del self.alive[key]
-
-        self.alive[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+    def freed(self, key, size):
+        self.alive.remove(key)
+        self.now -= size
 
 
 def flash(q, k, v, mask=None):
@@ -76,32 +72,22 @@ def random_inputs(config, count, frames, side, lengths, dtype=torch.float32, dev
     return x, t, text, masks
 
 
-def on_meta(kind, config):
+def training_step(
+    config, count, frames, side, lengths, checkpointing, dtype=torch.float32, attend=written_out_attention
+):
+    """A step on `count` samples: forward, backward and, with checkpointing, forward again. Returns its FLOPs,
+    and the most bytes that it takes beside weights and gradients. With attend=flash, FLOPs lack products."""
     with torch.device("meta"):
-        return kind(config)
-
-
-def activations(config, count, frames, side, lengths, dtype, checkpointing, fused):
-    """The most bytes that a training step on `count` samples takes beside weights and gradients."""
-    model = on_meta(GenTron, config).to(dtype)
+        model = GenTron(config).to(dtype)
     model.checkpointing = checkpointing
-    use_attention(model, flash if fused else written_out_attention)
+    use_attention(model, attend)
     inputs = random_inputs(config, count, frames, side, lengths, dtype)
     for p in model.parameters():
         p.grad = torch.empty_like(p)
-    with Peak([*model.parameters(), *(p.grad for p in model.parameters())]) as memory:
+    kept = [*model.parameters(), *(p.grad for p in model.parameters())]
+    with Flops() as counter, Peak(kept) as memory:
         model(*inputs).float().square().mean().backward()
-    return memory.peak
-
-
-def flops(config, frames, side, lengths, checkpointing):
-    """FLOPs of a training step on one sample: forward, backward and, with checkpointing, forward again."""
-    model = on_meta(GenTron, config)
-    model.checkpointing = checkpointing
-    use_attention(model, written_out_attention)  # every product is seen
-    with Flops() as counter:
-        model(*random_inputs(config, 1, frames, side, lengths)).square().mean().backward()
-    return counter.total
+    return counter.total, memory.peak
 
 
 def size_of(module):
@@ -117,30 +103,34 @@ def by_part(model):
 
 
 def parts_of(stage, config):
-    """train.py's flags → the transformer's ModelConfig, {name: module} of what is frozen, and of what trains
-    with it. Sizes other than mini have the paper's CLIP ViT-L/14 and Flan-T5-XXL, unless --clip or --t5 names
-    others, and Stable Diffusion's autoencoder."""
+    """train.py's flags → the transformer, and {name: module} of the other parts: frozen ones, and the "text
+    encoder" that trains along. Sizes other than mini have the paper's CLIP ViT-L/14 and Flan-T5-XXL, unless
+    --clip or --t5 names others, and Stable Diffusion's autoencoder."""
     paper = config.size != "mini"
-    folders = {name: getattr(config, name) for name in CONFIGS if getattr(config, name)}
-    texts = {name: CONFIGS[name].read(folder) for name, folder in folders.items()}
-    if paper and not texts:
+    texts = {name: CONFIGS[name].read(getattr(config, name)) for name in CONFIGS if getattr(config, name)}
+    if not texts and paper:
         texts = {"clip": CLIPConfig(), "t5": T5_XXL}
-    frozen = {name: on_meta(ENCODERS[name], text) for name, text in texts.items()}
+    elif not texts:
+        texts = {"text encoder": T5Config(depth=config.text_depth)}
+    parts = {name: ENCODERS[name](text) for name, text in texts.items()}
     if paper or (Path(config.autoencoder) / "config.json").exists():
-        frozen["autoencoder"] = on_meta(AutoencoderKL, AutoencoderKLConfig())
+        parts["autoencoder"] = AutoencoderKL(AutoencoderKLConfig())
     else:
-        frozen["autoencoder"] = on_meta(Autoencoder, AutoencoderConfig(config.latent_channels))
-    C = frozen["autoencoder"].config.channels
-    model = ModelConfig.of(
-        config.size, channels=C, out_channels=2 * C if config.learned_variance else C,
+        parts["autoencoder"] = Autoencoder(AutoencoderConfig(config.latent_channels or 8))
+    C = parts["autoencoder"].config.channels
+    model_config = ModelConfig.of(
+        config.size, channels=C, out_channels=C * (1 + config.learned_variance),
         integration=config.integration, qk_norm=config.qk_norm, temporal=stage == "video",
+        text_widths=[text.width for text in texts.values()],
+        null_tokens=[NULL_TOKENS.get(name, 1) for name in texts],
+        pooling=[POOLING.get(name, "mean") for name in texts],
     )
-    if not texts:
-        return model, frozen, {"text encoder": on_meta(T5Encoder, T5Config(depth=config.text_depth))}
-    model.text_widths = [text.width for text in texts.values()]
-    model.null_tokens = [NULL_TOKENS[name] for name in texts]
-    model.pooling = [POOLING[name] for name in texts]
-    return model, frozen, {}
+    return GenTron(model_config), parts
+
+
+def rows(numbers, unit, end):
+    """{name: number} → a line for each, in units of `unit`, with `end` after it."""
+    return [f"  {name:<24}{number / unit:>10.2f}{end}" for name, number in numbers.items()]
 
 
 def report(stage, config, gpus, tflops=989.0, utilisation=0.4):
@@ -154,25 +144,28 @@ def report(stage, config, gpus, tflops=989.0, utilisation=0.4):
         raise ValueError(f"--batch-size {batch}: not a multiple of {product}")
     if gpus % sharers:
         raise ValueError(f"--shard {sharers}: does not divide the {gpus} GPUs")
-    model_config, frozen, learned = parts_of(stage, config)
-    model = on_meta(GenTron, model_config)
-    total = size_of(model) + sum(map(size_of, learned.values()))
-    lines = [f"parameters {total}"]
-    lines += [f"  {part:<24}{n / 1e6:>10.2f}M" for part, n in by_part(model).items()]
-    lines += [f"  {name:<24}{size_of(part) / 1e6:>10.2f}M" for name, part in learned.items()]
-    for name, part in frozen.items():
-        lines.append(f"  {name + ', frozen':<24}{size_of(part) / 1e6:>10.2f}M, not among them")
+    with torch.device("meta"):
+        model, frozen = parts_of(stage, config)
+    parameters = by_part(model)
+    if "text encoder" in frozen:
+        parameters["text encoder"] = size_of(frozen.pop("text encoder"))
+    total = sum(parameters.values())
+    lines = [f"parameters {total}", *rows(parameters, 1e6, "M")]
+    sizes = {f"{name}, frozen": size_of(part) for name, part in frozen.items()}
+    lines += rows(sizes, 1e6, "M, not among them")
 
     encoders = [name for name in frozen if name in ENCODERS]
     lengths = [NULL_TOKENS[name] for name in encoders] or [20]  # of the captions
     side = config.image_size // frozen["autoencoder"].factor
     shape = config.frames if stage == "video" else 0, side, lengths
-    work = batch * flops(model_config, *shape, config.checkpointing)
+    flops, _ = training_step(model.config, 1, *shape, config.checkpointing)
+    work = batch * flops
     reading = batch * sum(2 * size_of(frozen[name]) * NULL_TOKENS[name] for name in encoders)
     texts = f"{reading / 1e12:.2f} for the frozen text encoders"
     lines.append(f"a step of {batch}: {work / 1e12:.2f} TFLOP, and {texts}")
 
-    half, local = config.precision != "fp32", batch // gpus // accumulate
+    half = config.precision != "fp32"
+    local = batch // gpus // accumulate  # samples of a GPU at a time
     each = {"weights": 4, "gradients": 4, "optimizer": STATE_BYTES[config.optimizer], "EMA": 4}  # bytes
     memory = {name: total * count / sharers for name, count in each.items()}
     if sharers > 1:
@@ -180,11 +173,12 @@ def report(stage, config, gpus, tflops=989.0, utilisation=0.4):
     elif half:
         memory["weights in bf16"] = total * 2
     memory["frozen"] = sum(size_of(frozen[name]) * (2 if name in encoders else 4) for name in frozen)
-    options = torch.bfloat16 if half else torch.float32, config.checkpointing, config.attention != "written"
-    memory[f"activations of {local}"] = activations(model_config, local, *shape, *options)
+    dtype = torch.bfloat16 if half else torch.float32
+    attend = written_out_attention if config.attention == "written" else flash
+    _, activations = training_step(model.config, local, *shape, config.checkpointing, dtype, attend)
+    memory[f"activations of {local}"] = activations
     needed = f"{'bf16' if half else 'fp32'} products: {sum(memory.values()) / 2**30:.1f} GiB"
-    lines.append(f"memory of each of {gpus} GPUs, {needed}")
-    lines += [f"  {name:<24}{n / 2**30:>10.2f} GiB" for name, n in memory.items()]
+    lines += [f"memory of each of {gpus} GPUs, {needed}", *rows(memory, 2**30, " GiB")]
 
     seconds = (work + reading) / (gpus * tflops * 1e12 * utilisation)
     hours = f"{seconds * config.steps / 3600:.3g} hours for {config.steps} steps"

@@ -11,6 +11,7 @@ differs: DiT guides 3 of the 4 latent channels, only to reproduce its published 
 """
 import argparse
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,77 +27,72 @@ from dit import SIZES, GenTron, ModelConfig, position_embedding
 from encoders import autoencoders
 
 # (depth, width) → H, which no tensor tells
-HEADS = {(size["depth"], size["width"]): size["heads"] for size in map(SIZES.get, ("S", "B", "L", "XL"))}
-
-
-def layers(depth):
-    """The published name of each layer → its names here: three for query, key and value, else one."""
-    names = {
-        "x_embedder.proj": ["patch_embedding"], "y_embedder.embedding_table": ["condition.table"],
-        "t_embedder.mlp.0": ["time.mlp.0"], "t_embedder.mlp.2": ["time.mlp.2"],
-        "final_layer.adaLN_modulation.1": ["final.modulation.1"], "final_layer.linear": ["final.linear"],
-    }
-    for block in (f"blocks.{k}." for k in range(depth)):
-        names |= {
-            block + "adaLN_modulation.1": [block + "modulation.1"],
-            block + "attn.qkv": [block + "self_attention." + name for name in "qkv"],
-            block + "attn.proj": [block + "self_attention.out"],
-            block + "mlp.fc1": [block + "mlp.0"], block + "mlp.fc2": [block + "mlp.2"],
-        }
-    return names
+HEADS = {(SIZES[name]["depth"], SIZES[name]["width"]): SIZES[name]["heads"] for name in ("S", "B", "L", "XL")}
+NAMES = {  # a part of our names, as a regular expression → of the published ones
+    r"^patch_embedding": "x_embedder.proj", r"^condition\.table": "y_embedder.embedding_table",
+    r"^time": "t_embedder", r"^final": "final_layer", r"modulation": "adaLN_modulation",
+    r"self_attention\.[qkv]": "attn.qkv", r"self_attention\.out": "attn.proj",
+    r"(\d)\.mlp\.0": r"\1.mlp.fc1", r"(\d)\.mlp\.2": r"\1.mlp.fc2",
+}
+RANKS = {  # of the tensors that tell the sizes
+    "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2,
+    "pos_embed": 3,
+}
 
 
 def config_of(state, heads=0):
     """The ModelConfig of a published state (a dictionary of tensors), from its shapes. heads: H, for none of
     DiT's sizes. ValueError if it is not a DiT, or if H is not known."""
-    if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise ValueError("not a DiT checkpoint: it is not a dictionary of tensors")
-    table, final = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
-    for name, rank in (("x_embedder.proj.weight", 4), (table, 2), (final, 2), ("pos_embed", 3)):
+    for name, rank in RANKS.items():
         if name not in state or state[name].ndim != rank:
             raise ValueError(f"not a DiT checkpoint: there is no tensor {name} with {rank} dimensions")
-    D, C, P, _ = state["x_embedder.proj.weight"].shape
+    patches, labels, final, _ = (state[name] for name in RANKS)
+    D, C, P, _ = patches.shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     heads = heads or HEADS.get((depth, D))
     if not heads:
         raise ValueError(f"depth {depth} and width {D} are none of DiT's sizes: say how many --heads it has")
     return ModelConfig(
-        depth=depth, width=D, heads=heads, patch=P, channels=C, out_channels=len(state[final]) // P**2,
-        integration="class", classes=len(state[table]) - 1,  # the last row is the null label
+        depth=depth, width=D, heads=heads, patch=P, channels=C, out_channels=len(final) // P**2,
+        integration="class", classes=len(labels) - 1,  # the last row is the null label
     )
 
 
-def from_published(state):
-    """A published state → the state_dict of GenTron(config_of(state)), in fp32. ValueError if a tensor is
-    missing, unknown or of a wrong shape, or if the positions are not ours."""
-    config = config_of(state, heads=1)  # shapes do not depend on the heads
+def from_published(state, heads=0):
+    """A published state → GenTron with its weights, in fp32. heads: as in config_of. ValueError as there, if
+    a tensor is missing, unknown or of a wrong shape, or if the positions are not ours."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in GenTron(config).state_dict().items()}
-    names = {}
-    for kind in (".weight", ".bias"):
-        for published, ours in layers(config.depth).items():
-            if ours[0] + kind in shapes:  # the table of labels has no bias
-                names[published + kind] = [name + kind for name in ours]
+        model = GenTron(config_of(state, heads))
+    expected = model.state_dict()
+    names = {}  # published name → ours: three for query, key and value, else one
+    for ours in expected:
+        published = ours
+        for pattern, part in NAMES.items():
+            published = re.sub(pattern, part, published)
+        names.setdefault(published, []).append(ours)
     unknown = state.keys() - {*names, "pos_embed"}
     for problem, found in (("missing", names.keys() - state), ("unknown", unknown)):
         if found:
             raise ValueError(f"{len(found)} tensors are {problem}: {', '.join(sorted(found)[:3])}")
-    result = {}
+    weights = {}
     for name, ours in names.items():
         tensor = state[name].float()
-        rows, *rest = shapes[ours[0]]
+        rows, *rest = expected[ours[0]].shape
         needed = len(ours) * rows, *rest
         if tensor.ndim == 4:
             tensor = tensor.permute(0, 2, 3, 1).flatten(1)  # (D, C, P, P) → (D, P·P·C), as patchify
         if tensor.shape != needed:
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}, not {needed} as the others ask")
-        result |= zip(ours, tensor.chunk(len(ours)))
-    stored = state["pos_embed"]  # (1, N, D)
-    side = math.isqrt(stored.shape[1])
-    positions = position_embedding(side, side, config.width)  # (N, D)
-    if stored.shape[1:] != positions.shape or not (stored - positions).abs().max() < 1e-2:
+        weights |= zip(ours, tensor.chunk(len(ours)))
+    stored = state["pos_embed"][0]  # (N, D)
+    side = math.isqrt(len(stored))
+    positions = position_embedding(side, side, model.config.width)  # (N, D)
+    if stored.shape != positions.shape or not (stored - positions).abs().max() < 1e-2:
         raise ValueError("pos_embed does not hold the sin-cos positions of a square grid of tokens")
-    return result
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 def load(path, heads=0):
@@ -112,13 +108,10 @@ def load(path, heads=0):
     if isinstance(state, dict) and "ema" in state:
         state = state["ema"]
     try:
-        config, ours = config_of(state, heads), from_published(state)
-        with torch.device("meta"):
-            model = GenTron(config)
-        model.load_state_dict(ours, assign=True)
+        model = from_published(state, heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return model.eval(), math.isqrt(state["pos_embed"].shape[1]) * config.patch
+    return model, math.isqrt(state["pos_embed"].shape[1]) * model.config.patch
 
 
 @torch.no_grad()
@@ -126,9 +119,8 @@ def generate(model, labels, side, seed=0, sampler="ddpm", steps=250, guidance=4.
     """List of B labels → latents (B, C, side, side), as DiT draws them. guidance 1: none. A latent depends on
     its label, its index in the list and the seed. ValueError for a label that the model does not have."""
     config, device = model.config, next(model.parameters()).device
-    for label in labels:
-        if not 0 <= label < config.classes:
-            raise ValueError(f"class {label} is not one of 0 to {config.classes - 1}")
+    if max(labels) >= config.classes:
+        raise ValueError(f"class {max(labels)} is not one of 0 to {config.classes - 1}")
     diffusion = Diffusion("linear", "noise", config.out_channels > config.channels, spacing="even")
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
     x = gaussian((config.channels, side, side), generators).to(device)

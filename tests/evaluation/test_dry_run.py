@@ -36,7 +36,8 @@ size, batch, side, frames, fused, checkpointing = sys.argv[1], *map(int, sys.arg
 torch.set_num_threads(1)
 config = ModelConfig.of(size, temporal=frames > 0)
 shape = frames, side, (20,)
-estimate = dry_run.activations(config, batch, *shape, torch.float32, bool(checkpointing), bool(fused))
+attend = dry_run.flash if fused else written_out_attention
+_, estimate = dry_run.training_step(config, batch, *shape, bool(checkpointing), torch.float32, attend)
 model = GenTron(config)
 use_attention(model, fused_attention if fused else written_out_attention)
 model.checkpointing = bool(checkpointing)
@@ -68,7 +69,8 @@ def test_activations_are_within_15_percent_of_measured_peaks(size, batch, side, 
 
 
 def test_a_dry_run_of_the_largest_model(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(dry_run, "activations", lambda *_: 2**30)  # that is tested above
+    step = dry_run.training_step  # of one sample for FLOPs, of many for memory, which is tested above
+    monkeypatch.setattr(dry_run, "training_step", lambda *given: step(*given) if given[1] == 1 else (0, 2**30))
     train.main(["image", "--size", "G/2", "--dry-run", "16"])
     first, *lines = capsys.readouterr().out.splitlines()
     assert int(first.removeprefix("parameters ")) == pytest.approx(3083.8e6, rel=1e-3)
@@ -83,7 +85,7 @@ def test_a_dry_run_of_the_largest_model(capsys, monkeypatch, tmp_path):
     assert float(alone.split(", and ")[1].split()[0]) > 0
     train.main(["image", "--dry-run", "1"])
     assert capsys.readouterr().out.startswith("parameters 5")
-    with pytest.raises(ValueError, match="--dry-run: of the stages image and video"):
+    with pytest.raises(ValueError, match="--dry-run: has no effect on the stage autoencoder"):
         train.main(["autoencoder", "--dry-run", "1"])
 
 
@@ -101,7 +103,7 @@ def test_flops_are_the_products_of_the_equations():
         model(torch.empty(1, 4, 16, 16, device="meta"), t, labels)
     assert counter.get_total_flops() == 2 * (ends + 3 * block)
     text = ModelConfig(depth=3, width=64, heads=4, text_widths=(8,))
-    once, again = (dry_run.flops(text, 0, 16, (5,), checkpointing) for checkpointing in (False, True))
+    once, again = (dry_run.training_step(text, 1, 0, 16, (5,), checkpointing)[0] for checkpointing in (False, True))
     assert 1.2 < again / once < 1.35  # the forward pass a second time
 
 

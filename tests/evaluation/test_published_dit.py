@@ -14,7 +14,7 @@ from oracles import p_sample_loop
 from evaluation import published_dit
 from encoders import weights
 from encoders.autoencoder import Autoencoder, AutoencoderConfig
-from dit import GenTron, ModelConfig
+from dit import ModelConfig
 from evaluation.published_dit import config_of, from_published, generate, load
 
 HEADS = 2
@@ -82,12 +82,6 @@ def reference(state, x, t, y):
     return x.reshape(B, -1, rows * patch, columns * patch)
 
 
-def ours(state, heads=HEADS):
-    model = GenTron(config_of(state, heads))
-    model.load_state_dict(from_published(state))
-    return model.eval()
-
-
 def inputs(B=3, C=4, side=8):
     """x, t and labels, of which 5 is the null label."""
     return torch.randn(B, C, side, side), torch.tensor([0, 421, 999])[:B], torch.tensor([0, 3, 5])[:B]
@@ -105,7 +99,7 @@ def test_a_DiT_written_from_its_paper_gives_the_same(changes):
     x, t, y = inputs(C=changes.get("C", 4))
     exact = {name: tensor.double() for name, tensor in state.items()}
     expected = reference(exact, x.double(), t, y)
-    model = ours(state)
+    model = from_published(state, HEADS)
     assert difference(model(x, t, y), expected) < 1e-5
     dropped = torch.tensor([False, True, True])  # a dropped label is the last row
     expected = reference(exact, x.double(), t, torch.tensor([0, 5, 5]))
@@ -153,7 +147,7 @@ def test_the_DiT_of_diffusers_gives_the_same():
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     x, t, y = inputs()
     state["pos_embed"] = model.pos_embed.pos_embed
-    assert difference(ours(state)(x, t, y), model(x, t, y).sample) < 1e-4
+    assert difference(from_published(state, HEADS)(x, t, y), model(x, t, y).sample) < 1e-4
 
 
 def test_the_public_XL_is_known_by_its_shapes():
@@ -166,7 +160,7 @@ def test_the_public_XL_is_known_by_its_shapes():
     state["pos_embed"] = positions(16, 1152)
     assert len(state) == 292 and sum(tensor.numel() for tensor in state.values()) == 675_129_632
     assert config_of(state) == ModelConfig.of("XL", integration="class", classes=1000, out_channels=8)
-    assert sum(tensor.numel() for tensor in from_published(state).values()) == 675_129_632 - 256 * 1152
+    assert sum(p.numel() for p in from_published(state).parameters()) == 675_129_632 - 256 * 1152
 
 
 def test_a_file_plain_or_of_train_py(tmp_path):
@@ -239,7 +233,7 @@ def test_damaged_files_are_named_and_no_code_runs(tmp_path):
 @torch.no_grad()
 def test_classes_are_drawn_as_DiT_does_but_guided_in_all_channels():
     state = published()
-    exact, model = {name: tensor.double() for name, tensor in state.items()}, ours(state)
+    exact, model = {name: tensor.double() for name, tensor in state.items()}, from_published(state, HEADS)
     generators = [torch.Generator().manual_seed(5 + i) for i in range(2)]
     x = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators]).double()
 
