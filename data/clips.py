@@ -56,7 +56,6 @@ def open_clip(file, size, frames, fps):
     """A clip file, or a folder of frames (fps a second, ordered by name) → its first F frames at fps a second
     (F, S, S, 3) uint8, scaled and cropped like pictures, and how many of them it had. A shorter clip repeats
     its last frame. ValueError with the reason if it cannot be used or nothing in it moves."""
-    file = Path(file)
     try:
         if file.is_dir():
             names = sorted(path for path in file.iterdir() if path.suffix.lower() in PICTURES)[:frames]
@@ -80,7 +79,6 @@ class ClipFolder:
     group = 1
 
     def __init__(self, folder, size=64, frames=8, fps=4):
-        folder = Path(folder)
         entries = sorted(folder.iterdir()) if folder.is_dir() else []
         entries = [entry for entry in entries if entry.is_dir() or entry.suffix.lower() in ANIMATIONS + FILMS]
         read = lambda file: open_clip(file, size, frames, fps)
@@ -101,4 +99,4 @@ def load(clips, size, frames, fps, seed=0):
     """The data set that --clips names: "shapes" or a folder."""
     if clips == "shapes":
         return MovingShapes(size, frames, seed=seed)
-    return ClipFolder(clips, size, frames, fps)
+    return ClipFolder(Path(clips), size, frames, fps)

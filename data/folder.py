@@ -61,8 +61,7 @@ def read_captions(folder, candidates):
                 entry = json.loads(line)
                 yield folder / entry["file"], str(entry["caption"]), None
             except (ValueError, KeyError, TypeError) as error:
-                problem = f'not {{"file": …, "caption": …}} in UTF-8 ({error})'
-                yield f"{listing}, line {number}", None, problem
+                yield f"{listing}, line {number}", None, f'not {{"file": …, "caption": …}} in UTF-8 ({error})'
         return
     for path in candidates:
         text = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
@@ -74,23 +73,26 @@ def read_captions(folder, candidates):
             yield path, None, f"{text.name} is not UTF-8"
 
 
+def tidy(caption):
+    """A caption, its words one space apart. ValueError if it has none."""
+    if not caption.split():
+        raise ValueError("the caption is empty")
+    return " ".join(caption.split())
+
+
 def read_folder(folder, candidates, read, flag, what):
     """Reads a folder of pictures or clips. Returns N captions, the N results of read(path), and `skipped`: a
     list of (path, reason) for those without a caption or where read raised ValueError. ValueError if the
     folder is missing or nothing in it can be used; flag ("--data") and what ("picture") word its message."""
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder}: there is no such folder (or use {flag} shapes)")
-    captions, found, skipped = [], [], []
+    found, skipped = [], []
     entries = list(read_captions(folder, candidates))
     for path, caption, problem in tqdm(entries, desc=f"reading {folder}", disable=None, leave=False):
         try:
             if problem:
                 raise ValueError(problem)
-            caption = " ".join(caption.split())
-            if not caption:
-                raise ValueError("the caption is empty")
-            found.append(read(path))
-            captions.append(caption)
+            found.append((tidy(caption), read(path)))
         except ValueError as reason:
             skipped.append((path, str(reason)))
     if not found:
@@ -99,7 +101,14 @@ def read_folder(folder, candidates, read, flag, what):
             f"{flag} {folder}: no usable {what} with a caption. Put it beside a .txt of the same name, "
             f'or write a captions.jsonl with lines {{"file": "NAME", "caption": "…"}}.{reasons}'
         )
-    return captions, found, skipped
+    captions, results = map(list, zip(*found))
+    return captions, results, skipped
+
+
+def read_pictures(folder, read, flag="--data"):
+    """read_folder for the pictures in a folder and in those below it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES)
+    return read_folder(folder, files, read, flag, "picture (png, jpg, webp)")
 
 
 class Folder:
@@ -108,11 +117,7 @@ class Folder:
     group = 1
 
     def __init__(self, folder, size=64):
-        folder = Path(folder)
-        files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES)
-        read = lambda path: open_picture(path, size)
-        what = "picture (png, jpg, webp)"
-        self.captions, pictures, self.skipped = read_folder(folder, files, read, "--data", what)
+        self.captions, pictures, self.skipped = read_pictures(folder, lambda path: open_picture(path, size))
         self.array = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (N, 3, S, S)
 
     def __len__(self):
@@ -125,4 +130,4 @@ class Folder:
 
 def load(data, size, seed=0):
     """The data set that --data names: "shapes" or a folder."""
-    return Shapes(size, seed=seed) if data == "shapes" else Folder(data, size)
+    return Shapes(size, seed=seed) if data == "shapes" else Folder(Path(data), size)

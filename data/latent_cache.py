@@ -268,7 +268,7 @@ class LatentCache:
 
     def read(self, indices, flips=None):
         """Latents (B, C, h, w) fp32 of the samples `indices` (B,), shifted and scaled as the autoencoder's
-        `encode` does. flips (B,): 1 where the mirror image is wanted, if the cache has them; None: nowhere."""
+        `encode` does. flips (B,): 1 where the mirror image is wanted, if the cache has one; None: nowhere."""
         if flips is None or not self.mirror:
             flips = torch.zeros(len(indices), dtype=torch.long)
         rows = zip(self.rows(indices), flips.tolist())

@@ -1,5 +1,5 @@
-import functools
 import io
+import itertools
 import json
 import os
 import pickle
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data import folder, tar_shards
+from training.batches import Step
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -51,6 +52,17 @@ def make(folder, counts):
     return tar_shards.TarShards(folder, 8)
 
 
+def read(dataset, indices):
+    """Pictures and captions."""
+    return dataset[list(indices)][1:3]
+
+
+def batches(dataset, steps, batch_size, seed=0, rank=0, world=1):
+    """The indices of one process's rows of each of the steps."""
+    rows = slice(batch_size // world * rank, batch_size // world * (rank + 1))
+    return [Step(seed, step, rows, batch_size).indices(len(dataset), order=dataset.order).tolist() for step in steps]
+
+
 def numbers(pictures, captions):
     """Which samples were read, by their captions; their pictures must say the same."""
     found = [int(caption.split()[1]) for caption in captions]
@@ -71,26 +83,23 @@ def test_every_sample_once_an_epoch_for_any_ranks_and_workers(tmp_path, world, w
     dataset = make(tmp_path / "shards", [5, 1, 9, 4, 6, 3, 7, 2, 4, 6])  # 47 samples in batches of 6
     rows = []
     for rank in range(world):
-        indices = functools.partial(dataset.indices_of, batch_size=6, seed=1, rank=rank, world=world)
-        part = list(tar_shards.batches(dataset, range(16), indices, workers))
-        assert all(x.shape == (6 // world, 3, 8, 8) and x.dtype == torch.uint8 for x, _, _ in part)
-        assert not any(bad for _, _, bad in part)
-        rows.append([numbers(x, captions) for x, captions, _ in part])
+        part = list(tar_shards.read_ahead(dataset, batches(dataset, range(16), 6, 1, rank, world), workers))
+        assert all(x.shape == (6 // world, 3, 8, 8) and x.dtype == torch.uint8 for _, x, _, _ in part)
+        assert not any(bad for _, _, _, bad in part)
+        rows.append([numbers(x, captions) for _, x, captions, _ in part])
+        assert rows[-1] == [names for names, _, _, _ in part]
     together = sum((sum(step, []) for step in zip(*rows)), [])
     assert len(together) == 96
     assert sorted(together[:47]) == sorted(together[47:94]) == list(range(47))
     assert together[:47] != together[47:94]
-    alone = (dataset.indices_of(step, 6, 1).tolist() for step in range(16))
-    assert together == sum(alone, [])
+    assert together == sum(batches(dataset, range(16), 6, 1), [])
 
 
 def test_a_run_resumed_in_mid_epoch_goes_on_at_the_next_sample(tmp_path):
     dataset = make(tmp_path / "shards", [5, 8, 6])
-    indices = lambda step: dataset.indices_of(step, 4, seed=3)
-    whole = [captions for _, captions, _ in tar_shards.batches(dataset, range(12), indices)]
+    whole = [captions for _, _, captions, _ in tar_shards.read_ahead(dataset, batches(dataset, range(12), 4, 3), 0)]
     fresh = tar_shards.TarShards(tmp_path / "shards", 8)
-    again = functools.partial(fresh.indices_of, batch_size=4, seed=3)
-    rest = [captions for _, captions, _ in tar_shards.batches(fresh, range(3, 12), again, 1)]
+    rest = [captions for _, _, captions, _ in tar_shards.read_ahead(fresh, batches(fresh, range(3, 12), 4, 3), 1)]
     assert whole[3:] == rest
     row = sum(whole[:3] + rest, [])
     assert len(set(row[:19])) == len(set(row[19:38])) == 19
@@ -98,7 +107,7 @@ def test_a_run_resumed_in_mid_epoch_goes_on_at_the_next_sample(tmp_path):
 
 def test_the_order_is_a_permutation_with_locality(tmp_path):
     dataset = make(tmp_path / "shards", [6] * 40)
-    first, second = dataset.order(0, 0).clone(), dataset.order(0, 1)
+    first, second = dataset.order(0, 0), dataset.order(0, 1)
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(240))
     assert (first == second).float().mean() < 0.1 and (first == dataset.order(1, 0)).float().mean() < 0.1
     assert torch.equal(first, dataset.order(0, 0)) and first.dtype == torch.int64
@@ -112,26 +121,27 @@ def test_the_order_is_a_permutation_with_locality(tmp_path):
     assert windows[0].unique().diff().max() > 1  # and not neighbouring shards
 
 
-def test_a_batch_larger_than_the_data_and_one_that_cannot_be_shared(tmp_path):
+def test_a_seed_gives_the_order_that_it_always_gave(tmp_path):
+    dataset = make(tmp_path / "shards", [5, 1, 9, 4, 6, 3, 7, 2, 4, 6])
+    assert batches(dataset, [0, 7, 8], 6, 1) == [[15, 28, 2, 33, 31, 32], [42, 45, 6, 10, 9, 21], [9, 2, 12, 33, 11, 13]]
+
+
+def test_a_batch_larger_than_the_data(tmp_path):
     dataset = make(tmp_path / "shards", [2, 1])
-    found = dataset.indices_of(1, 8, 0)
     whole = torch.cat([dataset.order(0, epoch) for epoch in range(6)])
-    assert torch.equal(found, whole[8:16])
-    with pytest.raises(ValueError, match="--batch-size 8: 3 processes cannot share it evenly"):
-        dataset.indices_of(0, 8, 0, 0, 3)
+    assert batches(dataset, [1], 8) == [whole[8:16].tolist()]
 
 
-def test_reading_ahead_works_for_data_in_memory_and_leaves_the_random_state_alone():
-    class Memory:
-        def read(self, indices):
-            return torch.as_tensor(indices)[:, None].clone(), [f"number {i}" for i in indices.tolist()]
-
+def test_reading_ahead_leaves_the_random_state_alone_and_may_go_on_without_end(tmp_path):
+    dataset = make(tmp_path / "shards", [4, 4])
     state = torch.get_rng_state()
     found = {}
     for workers in (0, 2):
-        steps = tar_shards.batches(Memory(), range(2, 9), lambda step: torch.arange(4) + step, workers)
-        found[workers] = [(x.tolist(), captions) for x, captions, _ in steps]
-    assert found[0] == found[2] and len(found[0]) == 7 and found[0][0][0] == [[2], [3], [4], [5]]
+        endless = ([i % 8, (i + 3) % 8] for i in itertools.count())
+        reading = tar_shards.read_ahead(dataset, endless, workers)
+        found[workers] = [numbers(*next(reading)[1:3]) for _ in range(7)]
+        reading.close()
+    assert found[0] == found[2] == [[i % 8, (i + 3) % 8] for i in range(7)]
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -152,7 +162,7 @@ def test_the_index_says_what_tarfile_reads(tmp_path, kind):
         for row, stem in zip(dataset.rows.tolist(), stems):
             for suffix, (offset, size) in ((".png", row[:2]), (".txt", row[2:4])):
                 assert raw[offset : offset + size] == tar.extractfile(stem + suffix).read()
-    assert numbers(*dataset.read(range(len(stems)))) == list(range(len(stems)))
+    assert numbers(*read(dataset, range(len(stems)))) == list(range(len(stems)))
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="the program tar is not installed")
@@ -167,7 +177,7 @@ def test_tars_of_the_program_tar(tmp_path, kind):
     subprocess.run(["tar", f"--format={kind}", "-cf", tmp_path / "x.tar", "-C", source, "."], check=True)
     dataset = tar_shards.TarShards(tmp_path, 8)
     assert not dataset.skipped
-    assert sorted(numbers(*dataset.read(range(4)))) == [0, 1, 2, 3]
+    assert sorted(numbers(*read(dataset, range(4)))) == [0, 1, 2, 3]
     assert set(json.loads(dataset.texts[0])["keys"]) == set(stems)
 
 
@@ -198,14 +208,13 @@ def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
     pack(tmp_path / "x.tar", files)
     before = sorted(tmp_path.rglob("*"))
     dataset = tar_shards.TarShards(tmp_path, 8)
-    assert dataset.read(range(len(dataset)))[1] == ["number 1", "of JSON", "number 2", "number 3"]
+    assert read(dataset, range(len(dataset)))[1] == ["number 1", "of JSON", "number 2", "number 3"]
     new = set(tmp_path.rglob("*")) - set(before)
-    assert new == {tmp_path / "x.tar.pictures.index"}  # nothing is unpacked
+    assert new == {tmp_path / "x.tar.index"}  # nothing is unpacked
     expected = {
         "silent": "no caption", "alone": "no picture", "empty": "is empty", "latin": "not UTF-8",
         "odd": "the .json is not", "half": "not UTF-8", "list": "the .json is not",
-        "*.cls": "2 of an unknown extension", "*.tiff": "1 of an unknown", "*._good.png": "1 of",
-        "*.": "1 of", "good.png": "has such a file", "good.txt": "already", "good.webp": "already",
+        "good.png": "has such a file", "good.txt": "already", "good.webp": "already",
         "/absolute.png": "absolute", "/absolute.txt": "absolute", "a/../../up.png": "..",
         "a/../../up.txt": "..", "line\nbreak.png": "control", "line\nbreak.txt": "control",
         "soft.png": "link", "soft.txt": "link",
@@ -227,7 +236,7 @@ def test_damaged_tars_are_used_up_to_the_damage(tmp_path):
     for cut in sorted({*range(0, len(raw) - 2048, 512), *range(100, 5000, 701), rows[3, 2] + 3}):
         path.write_bytes(raw[:cut])
         whole = int((rows[:, 2] + rows[:, 3] <= cut).sum())
-        _, keys, skipped = tar_shards.scan(path, folder.PICTURES)
+        _, keys, skipped = tar_shards.scan(path)
         assert keys == ["0", "1", "2", "3"][:whole], cut
         if cut < rows[3, 2] + 512:
             name, reason = skipped[0]
@@ -235,7 +244,7 @@ def test_damaged_tars_are_used_up_to_the_damage(tmp_path):
     start = int(rows[2, 0]) - 512
     for rubbish in (b"\xff" * 512, b"A" * 100 + raw[start + 100 : start + 512]):
         path.write_bytes(raw[:start] + rubbish + raw[start + 512 :])
-        _, keys, skipped = tar_shards.scan(path, folder.PICTURES)
+        _, keys, skipped = tar_shards.scan(path)
         assert keys == ["0", "1"] and "damaged" in skipped[0][1]
 
 
@@ -260,7 +269,7 @@ def test_files_that_are_no_tars_beside_one_that_is(tmp_path):
     with tarfile.open(tmp_path / "gzip.tar", "w:gz"):
         pass
     dataset = tar_shards.TarShards(tmp_path, 8)
-    assert numbers(*dataset.read([0])) == [1]
+    assert numbers(*read(dataset, [0])) == [1]
     found = {os.path.basename(name): reason for name, reason in dataset.skipped}
     assert set(found) == {"zero.tar", "empty.tar", "picture.tar", "gzip.tar"}
     assert found["empty.tar"] == "an empty tar"
@@ -268,20 +277,9 @@ def test_files_that_are_no_tars_beside_one_that_is(tmp_path):
 
 
 def test_nothing_to_read(tmp_path):
-    names = {"gone": "there is no such folder or .tar", "": "no .tar in it", "0*.tar": "or .tar"}
-    for name, words in names.items():
-        with pytest.raises(ValueError, match=words) as error:
-            tar_shards.TarShards(tmp_path / name)
-        assert "\n" not in str(error.value)
     pack(tmp_path / "x.tar", [("a.png", picture(1))])
     with pytest.raises(ValueError, match=r"no usable sample(.|\n)*x.tar: a: no caption"):
         tar_shards.TarShards(tmp_path)
-
-
-def test_a_pattern_names_some_of_the_tars_and_a_folder_may_have_its_signs(tmp_path):
-    make(tmp_path / "a[1]", [2, 3, 4])
-    assert len(tar_shards.TarShards(tmp_path / "a[1]")) == 9
-    assert len(tar_shards.TarShards(str(tmp_path / "a*" / "00[01].tar"))) == 5
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -297,9 +295,10 @@ def test_a_damaged_picture_gives_its_place_to_the_next_one(tmp_path, workers):
     dataset = tar_shards.TarShards(tmp_path, 8)
     assert len(dataset) == 7 and not dataset.skipped
     steps = [[0, 1], [2, 3], [1, 4], [5, 6]]
-    found = list(tar_shards.batches(dataset, range(4), steps.__getitem__, workers))
-    assert [numbers(x, captions) for x, captions, _ in found] == [[0, 3], [3, 3], [3, 4], [6, 6]]
-    bad = {index: reason for _, _, some in found for index, reason in some.items()}
+    found = list(tar_shards.read_ahead(dataset, steps, workers))
+    assert [names for names, _, _, _ in found] == steps
+    assert [numbers(x, captions) for _, x, captions, _ in found] == [[0, 3], [3, 3], [3, 4], [6, 6]]
+    bad = {index: reason for _, _, _, some in found for index, reason in some.items()}
     assert set(bad) == {1, 2, 5}
     for index, reason in bad.items():  # in a line that names shard and key
         assert reason.startswith(f"{tmp_path / '0.tar'}: {index}: not a whole picture") and "\n" not in reason
@@ -309,53 +308,15 @@ def test_nothing_that_can_be_read_is_an_error_and_so_is_a_number_too_large(tmp_p
     pack(tmp_path / "x.tar", [(name, raw[:40]) for name, raw in sample("a") + sample("b")])
     dataset = tar_shards.TarShards(tmp_path, 8)
     with pytest.raises(ValueError, match="none of 2 samples can be read .*not a whole picture"):
-        dataset.read([1])
+        read(dataset, [1])
     with pytest.raises(IndexError):
-        dataset.read([2])
+        read(dataset, [2])
 
 
 def test_it_can_be_sent_to_another_process(tmp_path):
     dataset = make(tmp_path / "shards", [3, 3])
-    dataset.order(0, 0)
-    assert numbers(*pickle.loads(pickle.dumps(dataset)).read([5, 0])) == [5, 0]
+    assert numbers(*pickle.loads(pickle.dumps(dataset))[[5, 0]][1:3]) == [5, 0]
     assert dataset.caption(4) == "number 4"
-
-
-def clip(kind):
-    frames = [Image.new("RGB", (24, 24), "white") for _ in range(5)]
-    for i, frame in enumerate(frames):
-        frame.paste((200, 0, 0), (4 * i, 4, 4 * i + 8, 12))
-    file = io.BytesIO()
-    frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=250, lossless=True)
-    return file.getvalue()
-
-
-def test_clips(tmp_path):
-    files = [("a.gif", clip("GIF")), ("a.txt", b"a moves"), ("b.webp", clip("WEBP")), ("b.txt", b"b moves")]
-    files += [("c.webp", picture(0, kind="WEBP")), ("c.txt", b"c is a picture")]
-    pack(tmp_path / "x.tar", files)
-    dataset = tar_shards.TarShards(tmp_path, 24, frames=4, fps=4)
-    x, captions = dataset.read([0, 1, 2])
-    assert x.shape == (3, 4, 3, 24, 24) and x.dtype == torch.uint8
-    assert captions == ["a moves", "b moves", "a moves"]
-    edges = [(frame[1, 8] < 128).int().argmax().item() for frame in x[1]]
-    assert edges == [0, 4, 8, 12] and torch.equal(x[0], x[2])
-    assert dataset.bad[2].startswith(f"{tmp_path / 'x.tar'}: c: a single picture")
-    stills = tar_shards.TarShards(tmp_path, 8)  # has an index of its own
-    assert len(stills) == 2 and reasons(stills)["*.gif"].startswith("1 of")
-
-
-@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the program ffmpeg is not installed")
-def test_films(tmp_path, monkeypatch):
-    (tmp_path / "a.gif").write_bytes(clip("GIF"))
-    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.gif", "-pix_fmt", "yuv420p", tmp_path / "a.mp4"]
-    subprocess.run(command, check=True)
-    pack(tmp_path / "x.tar", [("a.mp4", (tmp_path / "a.mp4").read_bytes()), ("a.txt", b"a film")])
-    x, captions = tar_shards.TarShards(tmp_path, 24, frames=4).read([0, 0])
-    assert x.shape == (2, 4, 3, 24, 24) and captions == ["a film"] * 2 and (x[0, 0] != x[0, 3]).any()
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="install the program ffmpeg"):
-        tar_shards.TarShards(tmp_path, 24, frames=4)
 
 
 # ------------------------------------------------------------------------------------------------- the index
@@ -364,7 +325,7 @@ def test_films(tmp_path, monkeypatch):
 def test_the_index_is_used_and_made_again_when_the_tar_changes(tmp_path, monkeypatch):
     make(tmp_path / "shards", [2, 2])
     scanned, scan = [], tar_shards.scan
-    logged = lambda path, suffixes: scanned.append(path.name) or scan(path, suffixes)
+    logged = lambda path: scanned.append(path.name) or scan(path)
     monkeypatch.setattr(tar_shards, "scan", logged)
     assert len(tar_shards.TarShards(tmp_path / "shards")) == 4 and scanned == []
     path = tmp_path / "shards" / "001.tar"
@@ -373,17 +334,17 @@ def test_the_index_is_used_and_made_again_when_the_tar_changes(tmp_path, monkeyp
     pack(path, sample("x", 1) + sample("y", 2) + sample("z", 3) + filler)
     os.utime(path, ns=(time, time))  # another size alone
     dataset = tar_shards.TarShards(tmp_path / "shards", 8)
-    assert numbers(*dataset.read([2, 3, 4])) == [1, 2, 3] and scanned == ["001.tar"]
+    assert numbers(*read(dataset, [2, 3, 4])) == [1, 2, 3] and scanned == ["001.tar"]
     assert dataset.skipped == tar_shards.TarShards(tmp_path / "shards").skipped != []
     pack(path, sample("a", 4) + sample("b", 5) + sample("c", 6) + filler)
     os.utime(path, ns=(time + 1, time + 1))  # another time alone
     dataset = tar_shards.TarShards(tmp_path / "shards", 8)
-    assert numbers(*dataset.read([2, 3, 4])) == [4, 5, 6] and scanned == ["001.tar"] * 2
+    assert numbers(*read(dataset, [2, 3, 4])) == [4, 5, 6] and scanned == ["001.tar"] * 2
 
 
 def test_a_damaged_index_is_not_trusted(tmp_path):
     dataset = make(tmp_path / "shards", [3])
-    index = tmp_path / "shards" / "000.tar.pictures.index"
+    index = tmp_path / "shards" / "000.tar.index"
     raw = index.read_bytes()
     rng = np.random.default_rng(0)
     for case in range(60):
@@ -400,8 +361,8 @@ def test_a_damaged_index_is_not_trusted(tmp_path):
 
 def test_a_folder_that_cannot_be_written_will_do(tmp_path):
     pack(tmp_path / "x.tar", sample("a", 1))
-    (tmp_path / "x.tar.pictures.index").mkdir()  # in the way of the index
-    assert numbers(*tar_shards.TarShards(tmp_path, 8).read([0])) == [1]
+    (tmp_path / "x.tar.index").mkdir()  # in the way of the index
+    assert numbers(*tar_shards.TarShards(tmp_path, 8)[[0]][1:3]) == [1]
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -439,7 +400,7 @@ def test_a_folder_packed_gives_what_the_folder_gives(tmp_path, capsys):
     plain, packed = folder.Folder(source, 16), tar_shards.TarShards(tmp_path / "out", 16)
     assert [path.name for path in packed.paths] == ["00000.tar", "00001.tar", "00002.tar"]
     assert not packed.skipped
-    pictures, captions = packed.read(range(8))
+    pictures, captions = read(packed, range(8))
     assert captions == plain.captions and torch.equal(pictures, plain.pictures(range(8)))
     sources = sorted(path for path in source.iterdir() if path.suffix != ".txt" and path.stem != "broken")
     for number, path in enumerate(sources):
