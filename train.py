@@ -12,7 +12,6 @@ Letters: B batch, F frames, K frames seen by a step, C latent channels, x0 clean
 """
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -24,17 +23,16 @@ from common.files import FORMAT, print_left_out
 from common.flags import run_command
 from common.hardware import DTYPES, device_of, matmul_rate, precision_of, products_in
 from data import clips, folder
-from data.latent_cache import LatentCache
 from data.tar_shards import TarShards
-from diffusion import gaussian
 from dit import SIZES
 from encoders import autoencoders, weights
 from encoders.autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from evaluation import dry_run
-from training import checkpoints, distributed, models, tricks
+from training import checkpoints, distributed, models, run_folder, tricks
 from training.batches import Step, encode_all, reader_of, share_out, steps_of
 from training.logging import Log, StopSignals, Window, progress
 from training.optimizers import learning_rate, set_learning_rate, update_ema
+from training import recipes
 from training.recipes import numbers, read_flags
 from training.state import TrainingState
 
@@ -56,7 +54,7 @@ def diffusion_loss(model, x0, text, step, group, flags, motion_free=None, frame_
     levels = t.view(len(t), -1).float().mean(1) / model.diffusion.steps  # (B,), for the log
     dropped = torch.rand(step.count, generator=generator) < flags.caption_dropout
     dropped = tricks.in_groups(dropped, group, step.rows).to(model.device)  # (B,)
-    noise = gaussian(x0.shape[1:], step.row_generators()).to(model.device)  # (B, [F,] C, h, w)
+    noise = step.noise(x0.shape[1:], model.device)  # (B, [F,] C, h, w)
     if isinstance(text, list):
         texts, masks = model.encode_text(text)
     else:
@@ -71,18 +69,20 @@ def diffusion_loss(model, x0, text, step, group, flags, motion_free=None, frame_
 # --------------------------------------------------------------------------------------------------- the loop
 
 
-def fit(flags, model, read, batch_loss, preview, save):
+def fit(flags, model, hashes, read, batch_loss, preview, save, again="the same command and --resume"):
     """The loop of all stages.
 
-    read(step) → a batch, whose first item names its samples. batch_loss(batch, step) → losses (B,) and noise
-    levels (B,) or None. preview() → a picture of what the model does now. save(state) writes the model from
-    whole tensors. ValueError if the gradient is not finite for --patience steps in a row."""
+    hashes: {name: text} of data and frozen parts, which a resumed run must find as they were. read(step) → a
+    batch, whose first item names its samples. batch_loss(batch, step) → losses (B,) and noise levels (B,) or
+    None. preview() → a picture of what the model does now. save(state) writes the model from whole tensors.
+    again: how a stopped run goes on. ValueError after --patience steps in a row without a finite gradient."""
     run, device = Path(flags.out), next(model.parameters()).device
     (run / "samples").mkdir(parents=True, exist_ok=True)
-    state = TrainingState(model, flags.optimizer, flags.lr, flags.weight_decay, flags.precision)
-    first = state.load(run, flags) if flags.resume else 0
+    state = TrainingState(model, flags, hashes)
+    first = state.load() if flags.resume else 0
     averaging = distributed.Averaging(model)
     log = Log(run, first)
+    longest = flags.max_norm if flags.max_norm > 0 else math.inf  # gradient
     parts = lambda number: steps_of(flags.seed, number, flags.batch_size, flags.accumulate)
     flops = state.flops(read, batch_loss, parts(first)[0], averaging)
     rate = matmul_rate(device, DTYPES[flags.precision])
@@ -101,7 +101,7 @@ def fit(flags, model, read, batch_loss, preview, save):
                 window.add(losses.float().detach(), levels, batch[0])
             averaging.wait()
             # clip, step, average; a gradient that is not finite, on any process, changes nothing
-            norm = torch.nn.utils.clip_grad_norm_(state.weights.values(), flags.max_norm)
+            norm = torch.nn.utils.clip_grad_norm_(state.weights.values(), longest)
             norm = distributed.whole(norm).item()
             lr = flags.lr * learning_rate(number, flags.steps, flags.warmup, flags.cooldown)
             done = number + 1
@@ -118,11 +118,11 @@ def fit(flags, model, read, batch_loss, preview, save):
             if done % flags.log_every == 0 or last:
                 window.write(log, bar, done, norm, lr)
             if done % flags.checkpoint_every == 0 or last:
-                state.save(run, done, flags)
+                state.save(done)
                 state.export(save, log)
             if stopped and done < flags.steps:
                 bar.close()
-                print(signals.report(done))
+                print(f"stopped after step {done}, with a checkpoint in {run}. Go on with {again}")
                 sys.exit(0)
             if flags.sample_every > 0 and (done % flags.sample_every == 0 or last):
                 state.show(preview, run / "samples", done)
@@ -136,7 +136,7 @@ def fit(flags, model, read, batch_loss, preview, save):
 # ------------------------------------------------------------------------------------------------- the stages
 
 
-def train_autoencoder(flags):
+def train_autoencoder(flags, **more):
     if distributed.world() > 1:
         raise ValueError("the autoencoder trains in one process: start this stage without torchrun")
     dataset = folder.load(flags.data, flags.image_size, flags.seed)
@@ -157,8 +157,7 @@ def train_autoencoder(flags):
 
     def batch_loss(batch, step):
         side = flags.image_size // model.factor
-        noise = gaussian((flags.latent_channels, side, side), step.row_generators())
-        return model.loss(batch[1], noise.to(device)), None
+        return model.loss(batch[1], step.noise((flags.latent_channels, side, side), device)), None
 
     @torch.no_grad()
     def preview():
@@ -170,7 +169,7 @@ def train_autoencoder(flags):
         metadata = dict(config=json.dumps(config), format=str(FORMAT))
         weights.write(f"{flags.out}/model.safetensors", state, metadata)
 
-    log = fit(flags, model, read, batch_loss, preview, save)
+    log = fit(flags, model, models.hashes_of(data=dataset), read, batch_loss, preview, save, **more)
     model.calibrate(some)
     save(model.state_dict(), finished=True)
     check_scale(model.encode(check))
@@ -180,38 +179,33 @@ def train_autoencoder(flags):
     print(f"autoencoder: {quality:.1f} dB on {len(check)} {kind} pictures → {flags.out}")
 
 
-def pictures_of(flags):
-    """What the image stage learns from: a cache of latents, tar shards, shapes, or a folder."""
-    if flags.cache:
-        return LatentCache(flags.cache)
-    tars = any(Path(flags.data).glob("[!.]*.tar"))
-    if tars:
-        dataset = TarShards(flags.data, flags.image_size)
-    else:
-        dataset = folder.load(flags.data, flags.image_size, flags.seed)
-    print_left_out(dataset.skipped, len(dataset))
-    return dataset
-
-
 def autoencoder_of(flags, dataset):
-    """The autoencoder that --autoencoder names; it is trained first if there is none."""
+    """The autoencoder that --autoencoder names. It is trained first if there is none, or to its end if that
+    was stopped. ValueError if --latent-channels asks for others than it has."""
     path = Path(flags.autoencoder)
+    own = recipes.of_autoencoder(flags, SIZES)
     if not (path / "model.safetensors").exists() and not (path / "config.json").exists():
         if flags.resume or flags.cache or distributed.world() > 1 or isinstance(dataset, TarShards):
             raise ValueError(f"--autoencoder {path}: neither a run nor a published folder")
         print(f"no autoencoder in {path} yet: training one first")
-        same = ("data", "image_size", "seed", "device", "precision", "latent_channels")
-        words = [word for name in same for word in (f"--{name.replace('_', '-')}", str(getattr(flags, name)))]
-        train_autoencoder(read_flags("autoencoder", [*words, "--out", flags.autoencoder], SIZES))
-    return autoencoders.load(flags.autoencoder)
+        run_stage("autoencoder", own, again="the same command")
+    elif run_folder.unfinished(path, own):
+        own.resume = True
+        run_stage("autoencoder", own, again="the same command")
+    autoencoder = autoencoders.load(flags.autoencoder)
+    if flags.latent_channels not in (0, autoencoder.config.channels):
+        found = f"the autoencoder in {path} has {autoencoder.config.channels}"
+        raise ValueError(f"--latent-channels {flags.latent_channels}: {found}; name another by --autoencoder")
+    return autoencoder
 
 
 def train_image(flags):
-    dataset = pictures_of(flags)
+    dataset = models.pictures_of(flags)
     if flags.init:
         model = models.continued_image_model(flags, dataset)
     else:
         model = models.new_image_model(flags, dataset, autoencoder_of(flags, dataset))
+    hashes = models.hashes_of(model, data=dataset)
     models.place(model, flags)
     read = reader_of(flags, model, dataset)
 
@@ -225,7 +219,7 @@ def train_image(flags):
     prompts = models.some_captions(dataset, 16)
     preview = lambda: figures.grid(model.generate(prompts), prompts)
     save = lambda state: model.save(f"{flags.out}/model.safetensors", state)
-    fit(flags, model, read, batch_loss, preview, save)
+    fit(flags, model, hashes, read, batch_loss, preview, save)
     print(f'image model → {flags.out}. Now: python sample.py --checkpoint {flags.out} "{prompts[0]}"')
 
 
@@ -242,6 +236,7 @@ def train_video(flags):
     stills = folder.load(flags.data, flags.image_size, flags.seed)
     model = models.new_video_model(flags, image, films.captions)
     del image
+    hashes = models.hashes_of(model, data=stills, clips=films)
     models.place(model, flags)
     moving = encode_all(model.autoencoder, len(films), films.clips, 32)  # (N, F, C, h, w)
     still = encode_all(model.autoencoder, len(stills), stills.pictures, 256)  # (N, C, h, w)
@@ -271,7 +266,7 @@ def train_video(flags):
     prompts = films.captions[:8]
     preview = lambda: figures.sheet(model.generate(prompts), prompts)
     save = lambda state: model.save(f"{flags.out}/model.safetensors", state)
-    fit(flags, model, read, batch_loss, preview, save)
+    fit(flags, model, hashes, read, batch_loss, preview, save)
     print(f'video model → {flags.out}. Now: python sample.py --checkpoint {flags.out} "{prompts[0]}"')
 
 
@@ -290,13 +285,24 @@ def main(arguments):
         if distributed.rank() == 0:
             print("\n".join(report))
         return
-    device = distributed.start(device_of(flags.device))
+    distributed.start(device_of(flags.device))
     share_out(flags.batch_size, flags.accumulate)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints.folders(flags.out):
-        flags.resume = True  # torchrun has started this run again
-    before = checkpoints.trained_in(flags.out) if flags.resume else None
-    flags.precision = distributed.majority(precision_of(flags.precision, device, before))
-    TRAIN[stage](flags)
+    run_stage(stage, flags)
+
+
+def run_stage(stage, flags, **more):
+    """Trains a stage in its own folder, from the start or from the last checkpoint."""
+    with run_folder.claimed(flags.out, flags.resume, flags.overwrite) as (flags.resume, finished, finish):
+        before = None
+        if flags.resume:
+            before = checkpoints.check_flags(flags.out, vars(flags))
+            if finished >= flags.steps:
+                print(f"{flags.out} is finished, at {finished} steps of {flags.steps}: nothing to do")
+                return
+        device = distributed.start(device_of(flags.device))
+        flags.precision = distributed.majority(precision_of(flags.precision, device, before))
+        TRAIN[stage](flags, **more)
+        finish(flags.steps)
 
 
 TRAIN = {"autoencoder": train_autoencoder, "image": train_image, "video": train_video}

@@ -132,10 +132,10 @@ class AutoencoderKL(nn.Module):
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in raw.split(count)])
 
 
-FIELDS = {  # key of config.json: field of AutoencoderKLConfig
-    "latent_channels": "channels", "block_out_channels": "widths", "layers_per_block": "depth",
-    "norm_num_groups": "groups", "scaling_factor": "scaling_factor", "shift_factor": "shift_factor",
-    "use_quant_conv": "quant_conv", "use_post_quant_conv": "post_quant_conv",
+FIELDS = {  # of AutoencoderKLConfig: key of config.json
+    "channels": "latent_channels", "widths": "block_out_channels", "depth": "layers_per_block",
+    "groups": "norm_num_groups", "scaling_factor": "scaling_factor", "shift_factor": "shift_factor",
+    "quant_conv": "use_quant_conv", "post_quant_conv": "use_post_quant_conv",
 }
 # of the attention's tensors, in files of 2022: their names since
 NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -146,9 +146,14 @@ def load_published(folder):
     ValueError, naming the folder, if it is damaged, holds something else or needs what is not built here."""
     found = weights.read_config(folder, "AutoencoderKL")
     weights.check_values(folder, found, act_fn=["silu"], latents_mean=[None], latents_std=[None])
-    values = {FIELDS[key]: value for key, value in found.items() if key in FIELDS and value is not None}
-    try:
-        model = AutoencoderKL(AutoencoderKLConfig(**values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: no autoencoder that can be built here: {error}") from None
-    return weights.load_into(model, folder, NAMES)
+    if found.get("shift_factor") is None:
+        found["shift_factor"] = 0.0
+    known = {field: (key, getattr(AutoencoderKLConfig, field)) for field, key in FIELDS.items()}
+    config = AutoencoderKLConfig(**weights.read_values(folder, found, **known))
+    if config.scaling_factor < 1e-6:
+        wrong = f"scaling_factor is {config.scaling_factor}, not above 0.000001"
+        raise ValueError(f"{folder}/config.json: {wrong}")
+    if any(width % config.groups for width in config.widths):
+        wrong = f"norm_num_groups is {config.groups}, which does not divide all of {config.widths}"
+        raise ValueError(f"{folder}/config.json: {wrong}, its block_out_channels")
+    return weights.load_into(AutoencoderKL(config), folder, NAMES)

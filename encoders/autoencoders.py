@@ -30,7 +30,7 @@ def load(folder):
         config = json.loads(metadata["config"])
         model = build(config["autoencoder"])
         model.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not an autoencoder of train.py: {reason}") from None
     if not config.get("finished", True):

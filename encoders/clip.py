@@ -7,7 +7,9 @@ the end of text, has seen all others: its vector stands for the text.
 The tokenizer is byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909). It splits lower-case text into
 words and these into bytes. Then it merges the two neighbours that training merged earliest, until no two
 neighbours are in the list of merges. A word's last byte carries the mark </w>, so that "art" and the "art" of
-"party" differ. The ids are those of the hub's CLIP folders (CLIP's first release cleaned text otherwise).
+"party" differ. The ids are those of the hub's CLIP folders. CLIP's first release also repaired text with
+ftfy: curly quotes became straight, ligatures letters, full-width forms narrow, wrongly decoded text right;
+and it resolved HTML's entities. For prompts with any of these its ids differ.
 Letters: B batch, L text tokens, E width. Masks: True = a token, False = padding.
 """
 import functools
@@ -20,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import MultiHeadAttention
-from encoders.padding import padded
-from encoders.weights import check_values, file_in, json_object, load_frozen, read_config, whole_numbers
+from encoders.padding import padded, readable
+from encoders.weights import check_values, file_in, json_object, load_frozen, read_config, read_values
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's pattern is  MARKS | ENDINGS | \p{L}+ | \p{N} | [^\s\p{L}\p{N}]+. The module re has no \p{L}, so
@@ -39,12 +41,20 @@ def byte_letters():
 
 
 def words(text):
-    """Text → list of words: runs of letters, single numbers, runs of other characters, endings like 's."""
-    text = SPACES.sub(" ", unicodedata.normalize("NFC", text))
-    text = "".join(character.lower() for character in text)  # one by one: a final capital sigma becomes σ
-    kinds = {"L": "A", "N": "0"}
-    shape = "".join(c if c < "\x80" else kinds.get(unicodedata.category(c)[0], "-") for c in text)
-    return [text[match.start() : match.end()] for match in PATTERN.finditer(shape)]
+    """Text → list of words: runs of letters, single numbers, runs of other characters, endings like 's; and
+    START and END, which are split off first, exactly as written. A mark in capitals becomes three words."""
+    found, kinds = [], {"L": "A", "N": "0"}
+    for part in re.split(f"({MARKS})", readable(text)):
+        if part in (START, END):
+            found.append(part)
+            continue
+        part = SPACES.sub(" ", unicodedata.normalize("NFC", part))
+        part = "".join(c.lower() for c in part)  # one by one: a final capital sigma becomes σ
+        shape = "".join(c if c < "\x80" else kinds.get(unicodedata.category(c)[0], "-") for c in part)
+        for match in PATTERN.finditer(shape):
+            word = part[match.start() : match.end()]
+            found += [word[:2], word[2:-2], word[-2:]] if word in (START, END) else [word]
+    return found
 
 
 class CLIPTokenizer:
@@ -64,10 +74,11 @@ class CLIPTokenizer:
         missing or cannot be read, or if the vocabulary has no start or end of text."""
         pieces, merges = file_in(folder, "vocab.json"), file_in(folder, "merges.txt")
         vocabulary = json_object(pieces)
-        if not {START, END} <= vocabulary.keys() or not all(type(i) is int for i in vocabulary.values()):
+        numbers = all(type(i) is int and i >= 0 for i in vocabulary.values())
+        if not {START, END} <= vocabulary.keys() or not numbers:
             raise ValueError(f"{pieces} is not a list of CLIP's pieces with their numbers")
         try:
-            lines = merges.read_text(encoding="utf-8").split("\n")
+            lines = merges.read_text(encoding="utf-8-sig").split("\n")
             pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
             return cls(vocabulary, [(first, second) for first, second in pairs], length)
         except ValueError:  # no UTF-8, or another number of pieces
@@ -75,6 +86,8 @@ class CLIPTokenizer:
 
     def pieces(self, word):
         """Word → list of pieces."""
+        if word in (START, END):
+            return [word]
         letters = "".join(self.letters[byte] for byte in word.encode("utf-8"))
         parts = [*letters[:-1], letters[-1] + "</w>"]
         while pairs := [pair for pair in zip(parts, parts[1:]) if pair in self.ranks]:
@@ -90,10 +103,16 @@ class CLIPTokenizer:
 
     def encode(self, text):
         """Text → list of ids, without start and end. An unknown piece becomes the end of text."""
-        found = []
-        for word in words(text):
-            found += [word] if word in (START, END) else self.pieces(word)
+        found = [piece for word in words(text) for piece in self.pieces(word)]
         return [self.vocabulary.get(piece, self.vocabulary[END]) for piece in found]
+
+    def unknown(self, text):
+        """The words of a text, lower-case, that have a piece which is not in the vocabulary."""
+        return [word for word in words(text) if not self.vocabulary.keys() >= set(self.pieces(word))]
+
+    def cut(self, text):
+        """How many ids of a text are cut off at its end; 0 if it fits between start and end."""
+        return max(0, len(self.encode(text)) + 2 - self.length)
 
     def __len__(self):
         return max(self.vocabulary.values()) + 1
@@ -121,14 +140,21 @@ class CLIPConfig:
     def read(cls, folder):
         """From config.json of a published CLIP or its text tower. ValueError, naming it, if it is neither."""
         config = read_config(folder, "clip_text_model", "clip")
-        if config["model_type"] == "clip":  # if there is a "text_config_dict", it is the one that counts
-            config = config.get("text_config_dict") or config.get("text_config") or {}
+        if config.get("model_type") == "clip":  # if there is a "text_config_dict", it is the one that counts
+            config = {key: value for key, value in config.items() if value is not None}
+            key = "text_config_dict" if "text_config_dict" in config else "text_config"
+            config = read_values(folder, config, text=(key, {}))["text"]
         check_values(folder, config, layer_norm_eps=[1e-5], hidden_act=["quick_gelu", "gelu"])
-        sizes = whole_numbers(
+        sizes = read_values(
             folder, config, vocabulary=("vocab_size", 49408), width=("hidden_size", 512),
             depth=("num_hidden_layers", 12), heads=("num_attention_heads", 8),
             mlp_width=("intermediate_size", 2048), positions=("max_position_embeddings", 77),
         )
+        if sizes["width"] % sizes["heads"]:
+            wrong = f"num_attention_heads is {sizes['heads']}, which does not divide {sizes['width']}"
+            raise ValueError(f"{folder}/config.json: {wrong}, its hidden_size")
+        if sizes["positions"] < 2:
+            raise ValueError(f"{folder}/config.json: max_position_embeddings is 1; start and end need 2")
         return cls(**sizes, activation=config.get("hidden_act", "quick_gelu"))
 
 

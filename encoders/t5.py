@@ -11,6 +11,7 @@ Letters: B batch, L text tokens, E width, H heads, d width of a head. Masks: Tru
 import io
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import sentencepiece
@@ -18,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoders.padding import padded
-from encoders.weights import check_values, file_in, load_frozen, read_config, whole_numbers
+from encoders.padding import padded, readable
+from encoders.weights import check_values, file_in, load_frozen, read_config, read_values
 
 
 @dataclass
@@ -40,12 +41,17 @@ class T5Config:
         """From config.json of a published T5 1.1 or Flan-T5. ValueError, naming it, if it is neither."""
         config = {"feed_forward_proj": "relu"} | read_config(folder, "t5")
         check_values(folder, config, feed_forward_proj=["gated-gelu"], layer_norm_epsilon=[1e-6])
-        return cls(**whole_numbers(
+        sizes = read_values(
             folder, config, vocabulary=("vocab_size", 32128), width=("d_model", 512), depth=("num_layers", 6),
             heads=("num_heads", 8), head_width=("d_kv", 64), mlp_width=("d_ff", 2048),
             buckets=("relative_attention_num_buckets", 32),
             max_distance=("relative_attention_max_distance", 128),
-        ))
+        )
+        buckets, distance = sizes["buckets"], sizes["max_distance"]
+        if not 1 <= buckets // 4 < distance:  # else relative_buckets divides by zero
+            wrong = f"relative_attention_max_distance is {distance}, which does not go with {buckets} buckets"
+            raise ValueError(f"{folder}/config.json: {wrong}")
+        return cls(**sizes)
 
 
 def relative_buckets(length, buckets, max_distance, device=None):
@@ -145,20 +151,32 @@ class Tokenizer:
         <extra_id_0>, … follow the pieces, numbered from the last one down. A published T5 has 100, and reads
         them, <pad>, </s> and <unk> where a text contains them."""
         self.model, self.length = model, length
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.pieces = sentencepiece.SentencePieceProcessor()
+        self.pieces.LoadFromSerializedProto(model)
         self.size = len(self.pieces) + extra
         self.marks = {f"<extra_id_{i}>": self.size - 1 - i for i in range(extra)}
         if extra:
             self.marks |= {"<pad>": 0, "</s>": 1, "<unk>": 2}
 
     @classmethod
-    def train(cls, captions, vocabulary=4096):
-        """A model of at most `vocabulary` pieces from a list of captions; deterministic. It merges pieces
-        (BPE), so that in a small vocabulary every frequent word is one piece."""
-        file = io.BytesIO()
+    def train(cls, captions):
+        """A model of at most 4096 pieces from a list of captions, which reads capitals as small letters;
+        deterministic. It merges pieces (BPE), so that in a small vocabulary every frequent word is one piece.
+        Other characters than the captions' are unknown. But if these have more than 2048, the rarest of them
+        and all others are read as their bytes. ValueError if no caption has a character."""
+        rule, file = "nmt_nfkc_cf", io.BytesIO()
+        normalizer = sentencepiece.SentencePieceNormalizer(rule_name=rule, remove_extra_whitespaces=True)
+        # sentencepiece skips captions with its own ▅; at most 64 pieces of 16 characters are ever read
+        texts = normalizer.normalize([readable(text).replace("▅", " ") for text in captions])
+        texts = [text[:1024] for text in texts]
+        counts = Counter("".join(texts))
+        if not counts.keys() - {" "}:
+            raise ValueError("no caption has a character that a tokenizer could learn")
+        rare = {ord(character): " " for character, _ in counts.most_common()[2048:]}
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions), model_writer=file, vocab_size=vocabulary, model_type="bpe",
-            hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+            sentence_iterator=(text.translate(rare) for text in texts), model_writer=file, vocab_size=4096,
+            model_type="bpe", hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1,
+            minloglevel=2, normalization_rule_name=rule, character_coverage=1.0, byte_fallback=bool(rare),
         )
         return cls(file.getvalue())
 
@@ -167,12 +185,20 @@ class Tokenizer:
 
     def encode(self, text):
         """Text → list of ids, without the end."""
+        text, ids = readable(text), []
         if not self.marks:
             return self.pieces.encode(text)
-        ids = []
         for part in re.split(f"({'|'.join(self.marks)})", text):
             ids += [self.marks[part]] if part in self.marks else self.pieces.encode(part)
         return ids
+
+    def unknown(self, text):
+        """The words of a text that have a piece which the tokenizer does not know."""
+        return [word for word in text.split() if 2 in self.encode(word)]
+
+    def cut(self, text):
+        """How many ids of a text are cut off at its end; 0 if it fits before the end of text."""
+        return max(0, len(self.encode(text)) + 1 - self.length)
 
     def __call__(self, captions):
         """B texts → tokens (B, L) and mask (B, L), padded to the longest."""

@@ -135,7 +135,7 @@ def tensors_of(path, names):
 def json_object(path):
     """A JSON file that holds a dictionary → the dictionary. ValueError, naming the file, if it does not."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -164,14 +164,32 @@ def read_config(folder, *kinds):
     return config
 
 
-def whole_numbers(folder, config, **known):
-    """Sizes in config.json; known: name here=(published name, default). ValueError if one is not above 0."""
-    sizes = {ours: config.get(key, default) for ours, (key, default) in known.items()}
-    for ours, size in sizes.items():
-        if type(size) is not int or size < 1:
-            key = known[ours][0]
-            raise ValueError(f"{folder}/config.json: {key} is {size!r}, not a whole number above 0")
-    return sizes
+KINDS = {  # of a value in config.json, by its default's: what it is called
+    int: "a whole number above 0", float: "a number", bool: "true or false", dict: "a dictionary",
+    tuple: "a list of whole numbers above 0",
+}
+
+
+def of_kind(value, kind):
+    """Whether a value of config.json is of one of KINDS. Numbers are below a million."""
+    if kind is tuple:
+        return type(value) is list and len(value) > 0 and all(of_kind(one, int) for one in value)
+    if kind is int:
+        return type(value) is int and 0 < value < 1_000_000
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1_000_000  # nor is it NaN
+    return type(value) is kind
+
+
+def read_values(folder, config, **known):
+    """Values in config.json; known: name here=(published name, default). ValueError, naming the folder and
+    the published name, if one is not of its default's kind."""
+    values = {ours: config.get(key, default) for ours, (key, default) in known.items()}
+    for ours, (key, default) in known.items():
+        if values[ours] is not default and not of_kind(values[ours], type(default)):
+            found = repr(values[ours])[:100]
+            raise ValueError(f"{folder}/config.json: {key} is {found}, not {KINDS[type(default)]}")
+    return values
 
 
 def check_values(folder, config, **built):

@@ -7,8 +7,11 @@ which each computes its rows.
 import atexit
 import functools
 import itertools
+import math
+import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -42,11 +45,19 @@ class Step:
         key = (self.seed * 1_000_003 + self.number) * 2 + ("batch", "loss").index(purpose)
         return torch.Generator().manual_seed(key)
 
-    def row_generators(self):
-        """A generator of noise for each row."""
-        rows = range(self.rows.start, self.rows.stop)
-        seeds = [hash((self.seed, self.number, row)) & (2**63 - 1) for row in rows]
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
+    def noise(self, shape, device="cpu"):
+        """Unit Gaussian noise of the rows, (B, *shape) fp32, the same for a row whoever computes it. The
+        counter generator Philox (Salmon et al. 2011), keyed by (seed, step), is advanced to the first row;
+        Box and Muller's transform makes two Gaussian numbers of two uniform ones."""
+        count, size = self.rows.stop - self.rows.start, math.prod(shape)
+        blocks = math.ceil(size / 8)  # the generator gives 4 numbers of 64 bits at a time
+        philox = np.random.Philox(key=[self.seed, self.number]).advance(self.rows.start * blocks)
+        bits = torch.from_numpy(philox.random_raw(count * blocks * 4).view(np.uint32))
+        uniform = (bits.to(device).float() + 1) / 2**32  # above 0
+        u, v = uniform.view(count, 2, -1).unbind(1)  # (B, 4 · blocks) each
+        radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+        normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)  # (B, 8 · blocks)
+        return normal[:, :size].reshape(count, *shape)
 
     def indices(self, samples, group=1, order=None):
         """The indices of the rows, (B,): the batches of a run follow one another through an endless row of
@@ -106,7 +117,8 @@ class TarReader:
         if self.last is None or self.last[0] != step:
             *batch, damaged = next(self.batches)
             for index, reason in damaged.items():
-                print(f"sample {index} is left out, another takes its place: {reason}")
+                line = f"sample {index} is left out, another takes its place: {reason}"
+                print(line, file=sys.stderr)  # from every rank
             self.last = step, batch
         return self.last[1]
 

@@ -2,11 +2,11 @@
 
     RUN/checkpoints/000500/    one file a process, and where each tensor lies: any number can read it
 
-A checkpoint holds the weights, their EMA, the optimizers' state, the number of steps done, and the flags. It
-holds no random state and no data position: a step draws its batch and its noise from (seed, step) alone. A
-folder is written under another name and renamed when it is whole and on the disk, so no broken one is ever
-seen. Nothing that is read can run code.
-"""
+A checkpoint holds the weights, their EMA, the optimizers' state, the number of steps done, the flags, and
+hashes of what the run takes from elsewhere: data, autoencoder, text encoders, tokenizer. It holds no random
+state and no data position: a step draws its batch and its noise from (seed, step) alone. A folder is written
+under another name and renamed when it is whole and on the disk, so no broken one is ever seen. Nothing that
+is read can run code. """
 import json
 import os
 import pickle
@@ -14,22 +14,29 @@ import shutil
 import warnings
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from common.files import FORMAT, check_format
+from common.flags import dashed
 from training import distributed
+from training.optimizers import learning_rate
 
 # one process is what it then assumes, rightly
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-# Flags that --resume must repeat.
-FIXED = (
-    "size", "data", "cache", "integration", "image_size", "seed", "batch_size", "steps", "lr", "optimizer",
-    "schedule", "target", "shift", "clips", "frames", "init", "joint", "motion_free_mask", "only_temporal",
-    "p_motion_free", "own_timesteps", "frame_curriculum",
+# Flags that --resume may change: none of them changes what is learned. (Folders are compared by their
+# hashes.)
+FREE = (
+    "out", "resume", "overwrite", "steps", "data", "cache", "clips", "autoencoder", "clip", "t5", "init",
+    "workers", "accumulate", "patience", "log_every", "sample_every", "checkpoint_every", "keep", "device",
+    "precision", "attention", "compile", "checkpointing", "shard", "dry_run",
 )
+HASHED = dict(data="pictures or captions", clips="clips or their captions", tokenizer="captions")
+
+
+class Refused(ValueError):
+    """A checkpoint that is whole, and must not be used."""
 
 
 class Records(pickle.Unpickler):
@@ -49,7 +56,7 @@ class Records(pickle.Unpickler):
 
     def find_class(self, module, name):
         if name not in self.ALLOWED.get(module, ()):
-            raise ValueError(f"it holds {module}.{name}, more than a list of tensors")
+            raise Refused(f"it holds {module}.{name}, more than a list of tensors")
         return super().find_class(module, name)
 
 
@@ -63,18 +70,6 @@ class Reader(dcp.FileSystemReader):
         return metadata
 
 
-def state_of(trained, ema, optimizers):
-    """All that is saved, by name: {"model.NAME", "ema.NAME", "optimizer.K.NAME.KEY"}. trained and ema: {name:
-    tensor}."""
-    state = {f"model.{name}": p.detach() for name, p in trained.items()}
-    state |= {f"ema.{name}": average for name, average in ema.items()}
-    names = {id(p): name for name, p in trained.items()}
-    for k, optimizer in enumerate(optimizers):
-        for p, values in optimizer.state.items():
-            state |= {f"optimizer.{k}.{names[id(p)]}.{key}": value for key, value in values.items()}
-    return state
-
-
 def folders(run):
     """The whole checkpoints of a run's folder, oldest first."""
     found = (Path(run) / "checkpoints").glob("*/config.json")
@@ -82,18 +77,38 @@ def folders(run):
     return sorted(whole, key=lambda folder: int(folder.name))
 
 
-def trained_in(run):
-    """{"processor", "precision"} of the run's last checkpoint, or None: what hardware.precision_of takes."""
+def read_config(folder):
+    """{"format", "step", "config": flags and processor, "hashes"} of a checkpoint; None if it is damaged."""
     try:
-        config = json.loads((folders(run)[-1] / "config.json").read_text())["config"]
-        return dict(processor=config.get("processor"), precision=config["precision"])
-    except (IndexError, OSError, ValueError, KeyError, TypeError):  # none, or damaged, which `load` will say
+        return json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
         return None
 
 
+def check_flags(run, flags):
+    """The flags of the run's last checkpoint that is not damaged, and its processor. ValueError, naming the
+    flag, unless the given flags (a dictionary) are the same but for those in FREE. --steps may differ if the
+    learning rate of all steps done would have been the same."""
+    saved = next(filter(None, map(read_config, reversed(folders(run)))), None)
+    if saved is None:
+        raise ValueError(f"--resume: there is no checkpoint in {run}; start without --resume")
+    check_format(f"--resume: {run}", saved.get("format"))
+    before = saved["config"]
+    for name, value in flags.items():
+        if name not in FREE and before.get(name, value) != value:
+            raise ValueError(f"--resume: {run} was made with --{dashed(name)} {before[name]}, not {value}")
+    rates = lambda steps: [
+        learning_rate(step, steps, flags["warmup"], flags["cooldown"]) for step in range(saved["step"])
+    ]
+    if flags["steps"] < saved["step"] or rates(flags["steps"]) != rates(before["steps"]):
+        advice = f"it may change until the learning rate falls (--cooldown), to {saved['step']} or more"
+        raise ValueError(f"--resume: {run} was made with --steps {before['steps']}; {advice}")
+    return before
+
+
 def save(run, step, config, state, keep=2):
-    """Writes a checkpoint; older ones than the last `keep` are removed, and those of later steps, which an
-    earlier run left in the folder. config: a dictionary. OSError if it cannot be written; what was there
+    """Writes a checkpoint; older ones than the last `keep` are removed, and those of later steps, which are
+    damaged. config: a dictionary; state: {name: tensor}. OSError if it cannot be written; what was there
     before then still is."""
     root = Path(run) / "checkpoints"
     part, final = root / f".part-{step:06d}", root / f"{step:06d}"
@@ -109,7 +124,7 @@ def save(run, step, config, state, keep=2):
     try:
         dcp.save(state, checkpoint_id=part, no_dist=distributed.world() == 1)
         if distributed.rank() == 0:
-            (part / "config.json").write_text(json.dumps(dict(format=FORMAT, step=step, config=config)))
+            (part / "config.json").write_text(json.dumps(dict(format=FORMAT, step=step, **config)))
             for path in (*part.iterdir(), part):
                 sync(path)
             if final.exists():
@@ -135,44 +150,31 @@ def sync(path):
         os.close(handle)
 
 
-def load(run, flags, trained, ema, optimizers):
-    """Fills weights, EMA and optimizers from the run's last checkpoint, whatever the number of ranks that
-    wrote it; returns the number of steps done. ValueError if there is none, it is damaged, or it was made
-    with other flags or another model."""
-    if not folders(run):
-        raise ValueError(f"--resume: there is no checkpoint in {run}; start without --resume")
-    folder = folders(run)[-1]
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        check_format("it", saved.get("format"))
-        for key in FIXED:
-            before, now = saved["config"].get(key), getattr(flags, key)
-            if before != now:
-                raise ValueError(f"made with --{key.replace('_', '-')} {before}, not {now}")
-        create_state(optimizers)
-        state = state_of(trained, ema, optimizers)
-        shapes = Reader(folder).read_metadata().state_dict_metadata
-        found = {name: tuple(shapes[name].size) for name in shapes}
-        if found != {name: tuple(tensor.shape) for name, tensor in state.items()}:
-            raise ValueError("its weights are of another model; give the flags it was made with")
-        dcp.load(state, storage_reader=Reader(folder), no_dist=distributed.world() == 1)
-    except ValueError as error:
-        raise ValueError(f"--resume: {folder}: {error}") from None
-    except (Exception, CheckpointException) as error:  # torch's readers raise many kinds
-        reason = str(error).strip().splitlines()[-1][:200]
-        raise ValueError(f"--resume: {folder} is damaged: {reason}") from None
-    return saved["step"]
-
-
-def create_state(optimizers):
-    """Makes the optimizers' state, to be filled: a step with gradients of zero at a learning rate of zero."""
-    for optimizer in optimizers:
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate
+def load(run, hashes, state):
+    """Fills the tensors of state, {name: tensor}, from the run's last checkpoint that is not damaged,
+    whatever the number of ranks that wrote it; returns its number of steps. hashes: {name: text} of what the
+    run takes from elsewhere. ValueError if no checkpoint can be read, it is of another model, or a hash has
+    changed."""
+    reason = "there is none"
+    for folder in distributed.gathered([folders(run)])[0][::-1]:  # rank 0's list, for all
+        damage = ""
+        try:
+            config = read_config(folder)
+            for name, before in config.get("hashes", {}).items():
+                if hashes.get(name, before) != before:
+                    advice = f"put back what it was, or begin anew with --init {run}"
+                    raise Refused(f"the {HASHED.get(name, name)} changed since; {advice}")
+            found = Reader(folder).read_metadata().state_dict_metadata
+            shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+            if {name: tuple(found[name].size) for name in found} != shapes:
+                raise Refused("its weights are of another model; give the flags it was made with")
+            dcp.load(state, storage_reader=Reader(folder), no_dist=distributed.world() == 1)
+        except Refused as error:
+            raise ValueError(f"--resume: {folder}: {error}") from None
+        except (Exception, CheckpointException) as error:  # torch's readers raise many kinds
+            damage = str(error).strip().splitlines()[-1][:200]
+        reason = next(filter(None, distributed.gathered([damage])), "")
+        if not reason:
+            return config["step"]
+        print(f"{folder} is damaged ({reason}): the checkpoint before it is used")
+    raise ValueError(f"--resume: no checkpoint in {run} can be read: {reason}")

@@ -2,19 +2,19 @@
 
     torchrun --nproc_per_node 8 train.py image --size XL/2 …
 
-starts 8 processes (ranks). Each holds a share of every weight, gradient, EMA and optimizer state. It gathers
-a block's weights just before the block runs, computes its share of the batch, and gives away its share of the
-gradients' average.
+starts 8 processes (ranks). Each computes a share of the batch, and holds a share of every weight, gradient,
+EMA and optimizer state: a DTensor, which optimizers, norms and EMA take as any tensor. A block's weights are
+gathered just before the block runs.
 
     --shard 0    all ranks share one copy of the model
     --shard S    each S neighbours share one copy (the GPUs of a machine): HSDP
     --shard 1    every rank has the whole model; `Averaging` averages the gradients
 
 FSDP costs Python some 3 ms a block and step while the GPU idles; if the model fits on one GPU, use --shard 1.
-Without torchrun there is one process and the same code. A sharded weight is a DTensor, which optimizers,
-norms and EMA take as they take any tensor.
+Without torchrun there is one process and the same code.
 """
 import os
+import statistics
 import sys
 import warnings
 from datetime import timedelta
@@ -46,18 +46,17 @@ def start(device):
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return device
-    for harmless in ("DTensor random operators", "FSDP2-wrapped module"):
-        warnings.filterwarnings("ignore", harmless)
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # one voice; errors go to stderr, from every rank
+    warnings.filterwarnings("ignore", "DTensor random operators|FSDP2-wrapped module")  # both harmless here
+    if rank() > 0:  # one voice; errors go to stderr, from every rank
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return device
 
 
 def shard(model, device, dtype, group=0):
-    """Shares out the weights of a GenTron (or any module; if it has `blocks`, block by block), in place.
-    dtype: of the products; weights stay in fp32 and gradients are summed in fp32. group: how many neighbours
-    share the weights; 0: all; 1: none do. ValueError if the number of processes is no multiple of it."""
+    """Shares out the weights of a module in place, block by block if it has `blocks`. dtype: of the products;
+    weights stay in fp32 and gradients are summed in fp32. group: how many neighbours share the weights; 0:
+    all; 1: none do. ValueError if the number of processes is no multiple of it."""
     group = min(group or world(), world())
     if world() % group:
         raise ValueError(f"--shard {group}: does not divide the {world()} processes")
@@ -67,12 +66,11 @@ def shard(model, device, dtype, group=0):
         mesh = init_device_mesh(device.type, (group,))
     else:
         mesh = init_device_mesh(device.type, (world() // group, group), mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy()
-    if dtype != torch.float32:
-        policy = MixedPrecisionPolicy(dtype, torch.float32)
-    for block in getattr(model, "blocks", []):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    policy = MixedPrecisionPolicy(dtype, torch.float32)
+    # By default the model's own weights, outside the blocks, would stay gathered until a backward pass. After
+    # a preview, which has none, the next step would compute with the preview's EMA weights.
+    for part in (*getattr(model, "blocks", []), model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def whole(tensor):
@@ -81,24 +79,21 @@ def whole(tensor):
 
 
 def share_of(tensor, like):
-    """This rank's share of a tensor that every rank has whole, sharded as `like` is; if that is not sharded,
-    the tensor."""
+    """This rank's share of a tensor that every rank has whole, if `like` is sharded; else the tensor."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class DrawnWhole(TorchFunctionMode):
-    """While this mode is on, starting values are drawn for whole tensors on the CPU, and each rank keeps its
-    share: a run starts alike on any device and any number of ranks, and no rank ever holds more than one
-    whole tensor of a shared model."""
+    """While this mode is on, starting values are drawn for whole tensors on the CPU, one at a time, and each
+    rank keeps its share: a run starts alike on any device and any number of ranks."""
 
-    FILLING = tuple(getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "zero_", "fill_"))
-    FILLING += (torch.nn.init.normal_,)
+    FILLING = ("normal_", "uniform_", "zero_", "fill_")  # all that the functions of torch.nn.init call
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})
-        if function not in self.FILLING:
+        if function.__name__ not in self.FILLING:
             return function(*arguments, **options)
         p, *rest = arguments or [options.pop("tensor")]  # nn.init.normal_ gives it by name
         value = function(torch.empty(p.shape), *rest, **options)
@@ -111,9 +106,7 @@ class Averaging:
     here several modules train, and are called apart.)"""
 
     def __init__(self, model):
-        self.model = model
-        self.enabled = True
-        self.sent = []
+        self.model, self.enabled, self.sent = model, True, []
         for p in model.parameters():
             if world() > 1 and p.requires_grad and not isinstance(p, DTensor):
                 p.register_post_accumulate_grad_hook(self.send)
@@ -136,20 +129,19 @@ class Averaging:
             self.sent.pop().wait()
 
 
-def total(value):
-    """The sum of a number over all ranks."""
+def total(numbers):
+    """The sum over all ranks of a number, or of each number in a list (of lists)."""
     if not dist.is_initialized():
-        return value
+        return numbers
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=device)
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
-    return tensor.item()
+    return tensor.tolist()
 
 
 def majority(choice):
     """What most ranks chose (of a tie, what comes first in the alphabet), so that all do the same."""
-    choices = gathered([choice])
-    return min(sorted(set(choices)), key=lambda one: -choices.count(one))
+    return statistics.mode(sorted(gathered([choice])))
 
 
 def gathered(items):

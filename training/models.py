@@ -1,13 +1,18 @@
 """Which model a run trains: a new one, one that goes on with other pictures, or an image model with temporal
 layers; and where its weights lie. The one file of training/ that knows the model."""
 import dataclasses
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import torch
 
 from attention import choose_attention
+from common.files import print_left_out
 from common.hardware import DTYPES, device_of, processor
+from data import folder
+from data.latent_cache import LatentCache, fingerprint
 from data.moving_shapes import MovingShapes
 from data.prompt_lists import words_of
 from data.tar_shards import TarShards
@@ -26,6 +31,49 @@ def describe(flags, **parts):
     each part."""
     made_on = processor(device_of(flags.device))
     return dict(flags=dataclasses.asdict(flags), image_size=flags.image_size, processor=made_on, **parts)
+
+
+def hashes_of(model=None, **datasets):
+    """{name: hash} of what a run takes from elsewhere: its data sets, by the names of their flags, and the
+    frozen parts and the tokenizer of a Pipeline. Computed on rank 0; empty on the others."""
+    if distributed.rank() > 0:
+        return {}
+    hashes = {name: hash_of_data(dataset) for name, dataset in datasets.items()}
+    if model:
+        hashes["autoencoder"] = fingerprint(model.autoencoder)
+        published = model.config.get("published", {})
+        for name, tokenizer, encoder in zip(published, model.tokenizers, model.text_encoders):
+            hashes[name] = fingerprint(encoder, tokenizer)
+        if model.tokenizer:
+            hashes["tokenizer"] = hashlib.sha256(model.tokenizer.model).hexdigest()
+    return hashes
+
+
+def hash_of_data(dataset):
+    """A hash of a data set: of all captions and pictures, or of where the samples of tar shards and of a
+    cache lie."""
+    if isinstance(dataset, LatentCache):
+        return hashlib.sha256(json.dumps(dataset.settings).encode()).hexdigest()
+    if isinstance(dataset, TarShards):
+        names = [path.name for path in dataset.paths]
+        return hashlib.sha256(json.dumps(names).encode() + dataset.rows.tobytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(dataset.captions).encode())
+    if hasattr(dataset, "array"):  # of a folder; shapes follow from their captions and the flags
+        digest.update(dataset.array.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def pictures_of(flags):
+    """What the image stage learns from: a cache of latents, tar shards, shapes, or a folder."""
+    if flags.cache:
+        return LatentCache(flags.cache)
+    tars = any(Path(flags.data).glob("[!.]*.tar"))
+    if tars:
+        dataset = TarShards(flags.data, flags.image_size)
+    else:
+        dataset = folder.load(flags.data, flags.image_size, flags.seed)
+    print_left_out(dataset.skipped, len(dataset))
+    return dataset
 
 
 def some_captions(dataset, most):

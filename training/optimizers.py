@@ -6,8 +6,7 @@ Muon (Jordan et al. 2024) makes the updates of matrices orthogonal, so that ever
 
 A Newton–Schulz iteration gives UVᵀ nearly, by products alone. The factor makes an update as large as AdamW's,
 so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982). torch.optim.Muon is the same rule;
-ours iterates in the dtype that this machine multiplies fast, on all matrices of one shape together, and on
-sharded ones.
+ours iterates in the dtype of the run, on all matrices of one shape together, and on sharded ones.
 """
 import torch
 
@@ -40,10 +39,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     of_shape.setdefault(p.shape, []).append(p)
-            for shape, params in of_shape.items():
-                self.update(group, shape, params)
+            for params in of_shape.values():
+                self.update(group, params)
 
-    def update(self, group, shape, params):
+    def update(self, group, params):
         """One step of all matrices of one shape. Of sharded ones every process computes the whole update."""
         updates = []
         for p in params:
@@ -57,21 +56,21 @@ class Muon(torch.optim.Optimizer):
         for p, update in zip(params, updates):
             if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(share_of(update.view(shape), p), alpha=size)
+            p.sub_(share_of(update.view(p.shape), p), alpha=size)
 
 
-def make_optimizers(model, optimizer, lr, weight_decay, dtype):
+def make_optimizers(model, optimizer, lr, beta2, weight_decay, dtype):
     """A list: AdamW for all weights; or Muon for the matrices inside the blocks and AdamW for the rest. The
     tables of adaLN are AdamW's, since their input is one vector a sample. dtype: of Muon's iteration."""
     inside, rest = [], []
     for name, p in model.named_parameters():
-        in_blocks = "blocks." in name or "coder." in name
+        in_blocks = ("blocks." in name or "coder." in name) and "modulation" not in name
         matrix = p.ndim >= 2 and min(p.shape[:2]) >= 48
-        if optimizer == "muon" and in_blocks and matrix and "modulation" not in name and p.requires_grad:
+        if p.requires_grad and optimizer == "muon" and in_blocks and matrix:
             inside.append(p)
         elif p.requires_grad:
             rest.append(p)
-    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, beta2), weight_decay=weight_decay, fused=True)
     return [Muon(inside, lr, weight_decay=weight_decay, dtype=dtype), adamw] if inside else [adamw]
 
 

@@ -26,7 +26,7 @@ class Flags:
     t5: str = flag("", "the folder of a published T5 1.1 or Flan-T5; with --clip too, the blocks take turns")
     text_depth: int = flag(2, "blocks of the mini T5 that trains along if neither is given", low=1)
     autoencoder: str = flag("", "a run or published folder; runs/autoencoder-DATA if not given")
-    latent_channels: int = flag(8, "of a new autoencoder", low=1, high=192)
+    latent_channels: int = flag(0, "of a new autoencoder; 0: 8", low=0, high=192)
     qk_norm: bool = flag(True, "LayerNorm on queries and keys")
     init: str = flag("", "the image run to start from; video: runs/image-DATA if not given")
     only_temporal: bool = flag(False, "video: the image model's weights stay as they are")
@@ -46,10 +46,11 @@ class Flags:
     batch_size: int = flag(128, "samples a step, of all processes together", low=1)
     optimizer: str = flag("muon", "muon: in the blocks; AdamW for the rest", choices=("muon", "adamw"))
     lr: float = flag(3e-3, "the learning rate", low=0)
+    beta2: float = flag(0.99, "AdamW's average of squared gradients decays by this", low=0, high=0.9999)
     warmup: int = flag(50, "steps of rising learning rate", low=0)
     cooldown: float = flag(0.4, "last share of the steps, of falling learning rate", low=0, high=1)
     weight_decay: float = flag(0.0, "AdamW's", low=0)
-    max_norm: float = flag(1.0, "gradients longer than this are shortened to it", low=1e-6)
+    max_norm: float = flag(1.0, "gradients longer than this are shortened to it; 0: none are", low=0)
     ema: float = flag(0.999, "decay of the averaged weights", low=0, high=1)
     accumulate: int = flag(1, "parts of a process's batch, one after the other: less memory", low=1)
     patience: int = flag(10, "steps in a row with a gradient that is not finite, before the run stops", low=1)
@@ -57,6 +58,7 @@ class Flags:
     out: str = flag("", "the run's folder; runs/STAGE-DATA if not given", group="run")
     seed: int = flag(0, "of data order, noise and starting values", low=0, high=SEEDS)
     resume: bool = flag(False, "go on from the last checkpoint in --out")
+    overwrite: bool = flag(False, "delete the run that --out holds, and begin anew")
     log_every: int = flag(100, "steps", low=1)
     sample_every: int = flag(0, "steps between preview pictures; 0: four times a run; -1: none", low=-1)
     checkpoint_every: int = flag(500, "steps", low=1)
@@ -71,21 +73,34 @@ class Flags:
     dry_run: str = flag("", "GPUS[,TFLOPS[,UTILISATION]]: print what the run needs on so many GPUs, and stop")
 
 
-# The paper's objective and optimizer (section 4; DiT's where it is silent).
+# The paper's objective and optimizer (section 4); where it is silent, those of DiT's train.py: AdamW's betas
+# 0.9 and 0.999, no clipping, learned variance, an EMA of 0.9999. Two things differ. The EMA warms up
+# (optimizers.update_ema): DiT's starts as a copy of the first weights, which it keeps for 10,000 steps. And
+# at the first timestep the loss of the learned variance is simpler (diffusion.variance_loss).
 PAPER = dict(
-    image_size=256, optimizer="adamw", lr=1e-4, warmup=0, cooldown=0.0, ema=0.9999, schedule="linear",
-    target="noise", shift=1.0, qk_norm=False, batch_size=256, steps=400_000, checkpoint_every=5000,
-    frame_curriculum="0,0,0", own_timesteps=0.0,
+    image_size=256, optimizer="adamw", lr=1e-4, beta2=0.999, max_norm=0.0, warmup=0, cooldown=0.0, ema=0.9999,
+    schedule="linear", target="noise", learned_variance=True, shift=1.0, qk_norm=False, batch_size=256,
+    steps=400_000, checkpoint_every=5000, frame_curriculum="0,0,0", own_timesteps=0.0,
 )
 # The demo's, where they differ from the defaults above.
-AUTOENCODER = dict(steps=1000, batch_size=16, lr=2e-3, cooldown=0.5)
+AUTOENCODER = dict(steps=1000, batch_size=16, lr=2e-3, cooldown=0.5, latent_channels=8)
 IMAGE = dict(steps=1200)
 VIDEO = dict(steps=1300, batch_size=16)
 
 # What a model that starts from another (--init) takes from it.
 INHERITED = (
-    "schedule", "target", "learned_variance", "shift", "integration", "qk_norm", "text_depth",
+    "schedule", "target", "learned_variance", "shift", "integration", "qk_norm", "text_depth", "autoencoder",
     "latent_channels",
+)
+# Flags of one stage only.
+OF_VIDEO = (
+    "clips", "frames", "fps", "only_temporal", "p_motion_free", "joint", "motion_free_mask",
+    "frame_curriculum", "own_timesteps",
+)
+OF_AUTOENCODER = (
+    "data", "image_size", "latent_channels", "steps", "batch_size", "optimizer", "lr", "beta2", "warmup",
+    "cooldown", "weight_decay", "max_norm", "ema", "accumulate", "patience", "out", "seed", "resume",
+    "overwrite", "log_every", "sample_every", "checkpoint_every", "keep", "device", "precision",
 )
 
 
@@ -102,7 +117,7 @@ def read_flags(stage, arguments, sizes):
     for name, value in recipe.items():
         if name not in given:
             setattr(config, name, value)
-    name = Path(config.data).name or "data"
+    name = run_name(config.data)
     config.steps = config.steps or recipe["steps"]
     config.out = config.out or f"runs/{stage}-{name}"
     config.autoencoder = config.autoencoder or f"runs/autoencoder-{name}"
@@ -110,19 +125,46 @@ def read_flags(stage, arguments, sizes):
         config.init = config.init or f"runs/image-{name}"
     if config.sample_every == 0:
         config.sample_every = max(1, config.steps // 4)
-    if config.cache and "data" not in given:
-        raise ValueError(f"--cache {config.cache}: name the pictures that it was made of too, by --data")
-    for field in INHERITED if config.init else ():
-        if field in given:
-            raise ValueError(f"--{dashed(field)}: the run that --init names has its own, which stays")
-    if config.image_size % 16:
-        raise ValueError(f"--image-size {config.image_size}: must be a multiple of 16")
-    numbers(config, "frame_curriculum", 3)
-    numbers(config, "dry_run", 1, 3)
+    check_together(stage, config, given)
     for field in recipe:
         check(config, field)
     device_of(config.device)
     return config
+
+
+def of_autoencoder(flags, sizes):
+    """The flags of the autoencoder stage that the image stage with these flags runs first."""
+    same = ("data", "image_size", "seed", "device", "precision", "latent_channels")
+    words = [word for name in same for word in (f"--{dashed(name)}", str(getattr(flags, name)))]
+    return read_flags("autoencoder", [*words, "--out", flags.autoencoder], sizes)
+
+
+def run_name(data):
+    """"shapes", or the folder that --data names → what its runs are called: photos/train → photos-train."""
+    return "-".join(part for part in Path(data).parts if part not in ("/", ".", "..")) or "data"
+
+
+def check_together(stage, config, given):
+    """ValueError for flags, of those that were given, that have no effect or do not go together."""
+    if stage == "autoencoder":
+        idle = given - set(OF_AUTOENCODER)
+    elif stage == "image":
+        idle = given & set(OF_VIDEO)
+    else:
+        idle = given & {"workers"}
+    for field in sorted(idle):
+        raise ValueError(f"--{dashed(field)}: has no effect on the stage {stage}")
+    for field in INHERITED if config.init else ():
+        if field in given:
+            raise ValueError(f"--{dashed(field)}: the run that --init names has its own, which stays")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite deletes it: give one of them")
+    if config.cache and "data" not in given:
+        raise ValueError(f"--cache {config.cache}: name the pictures that it was made of too, by --data")
+    if config.image_size % 16:
+        raise ValueError(f"--image-size {config.image_size}: must be a multiple of 16")
+    numbers(config, "frame_curriculum", 3)
+    numbers(config, "dry_run", 1, 3)
 
 
 def numbers(config, name, least, most=None):

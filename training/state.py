@@ -1,37 +1,52 @@
 """The state of a run: the weights that train, their average over the steps (EMA), and the optimizers."""
 import contextlib
-import dataclasses
 
 import torch
 
 from common.flops import Flops
 from common.hardware import DTYPES, processor, products_in
 from training import checkpoints, distributed
-from training.optimizers import make_optimizers
+from training.optimizers import make_optimizers, set_learning_rate
 
 
 class TrainingState:
-    """model: a module on its device, already sharded if it is to be. optimizer, lr, weight_decay: as in
-    make_optimizers. precision: of the products."""
+    """model: a module on its device, already sharded if it is to be. flags: train.py's. hashes: {name: text}
+    of what the run takes from elsewhere, as in models.hashes_of."""
 
-    def __init__(self, model, optimizer, lr, weight_decay, precision):
-        self.model = model
-        self.precision = precision
+    def __init__(self, model, flags, hashes):
+        self.model, self.flags, self.hashes = model, flags, hashes
         self.device = next(model.parameters()).device
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.weights.items()}
-        self.optimizers = make_optimizers(model, optimizer, lr, weight_decay, DTYPES[precision])
+        recipe = flags.optimizer, flags.lr, flags.beta2, flags.weight_decay
+        self.optimizers = make_optimizers(model, *recipe, DTYPES[flags.precision])
 
-    def load(self, folder, flags):
+    def tensors(self):
+        """All that a checkpoint holds, by name: "model.NAME", "ema.NAME", "optimizer.K.NAME.KEY"."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.weights.items()}
+        tensors |= {f"ema.{name}": average for name, average in self.ema.items()}
+        names = {p: name for name, p in self.weights.items()}
+        for k, optimizer in enumerate(self.optimizers):
+            for p, values in optimizer.state.items():
+                tensors |= {f"optimizer.{k}.{names[p]}.{key}": value for key, value in values.items()}
+        return tensors
+
+    def load(self):
         """Fills the state from the run's last checkpoint and returns its step. ValueError as in
         checkpoints.load."""
-        return checkpoints.load(folder, flags, self.weights, self.ema, self.optimizers)
+        for p in self.weights.values():
+            p.grad = torch.zeros_like(p)
+        for optimizer in self.optimizers:  # a step with a learning rate of 0 makes its state, to be filled
+            set_learning_rate(optimizer, 0.0)
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        return checkpoints.load(self.flags.out, self.hashes, self.tensors())
 
-    def save(self, folder, step, flags):
-        """Writes a checkpoint; the last `flags.keep` of them stay."""
-        state = checkpoints.state_of(self.weights, self.ema, self.optimizers)
-        made_by = dataclasses.asdict(flags) | dict(processor=processor(self.device))
-        checkpoints.save(folder, step, made_by, state, flags.keep)
+    def save(self, step):
+        """Writes a checkpoint; the last --keep of them stay."""
+        config = vars(self.flags) | dict(processor=processor(self.device))
+        about = dict(config=config, hashes=self.hashes)
+        checkpoints.save(self.flags.out, step, about, self.tensors(), self.flags.keep)
 
     def whole_model(self):
         """The model's state_dict with EMA weights, on the CPU, on rank 0; None on the others."""
@@ -68,7 +83,7 @@ class TrainingState:
         """FLOPs of a forward and a backward pass, in a pass of its own, uncompiled: a block that first runs
         under the counter would stay uncompiled. With --checkpointing, what is computed twice counts twice."""
         with torch.compiler.set_stance("force_eager"), Flops() as counter:
-            with products_in(self.precision, self.device):
+            with products_in(self.flags.precision, self.device):
                 losses, _ = batch_loss(read(step), step)
             losses.float().mean().backward()
         averaging.wait()

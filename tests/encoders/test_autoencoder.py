@@ -1,4 +1,5 @@
 import json
+import math
 
 import diffusers
 import pytest
@@ -129,8 +130,26 @@ def test_half_precision_files_become_fp32(folder):
         (dict(act_fn="gelu"), "act_fn is 'gelu'"),
         (dict(latents_mean=[0.0] * 4), "latents_mean"),
         (dict(latents_std=[1.0] * 4), "latents_std"),
-        (dict(norm_num_groups=3), "divisible by num_groups"),
-        (dict(block_out_channels=8), "int"),
+        (dict(norm_num_groups=3), r"norm_num_groups is 3, which does not divide all of \[8, 16\], its block_out_channels"),
+        (dict(block_out_channels=8), "block_out_channels is 8, not a list of whole numbers above 0"),
+        (dict(block_out_channels=[]), r"block_out_channels is \[\], not a list"),
+        (dict(block_out_channels=[8, "16"]), r"block_out_channels is \[8, '16'\], not a list"),
+        (dict(block_out_channels=[8, -8]), r"block_out_channels is \[8, -8\], not a list"),
+        (dict(latent_channels="4"), "latent_channels is '4', not a whole number above 0"),
+        (dict(latent_channels=None), "latent_channels is None, not a whole number"),
+        (dict(latent_channels=10**30), "latent_channels is 10+, not a whole number"),
+        (dict(layers_per_block=0), "layers_per_block is 0, not a whole number"),
+        (dict(layers_per_block=True), "layers_per_block is True, not a whole number"),
+        (dict(norm_num_groups=4.0), "norm_num_groups is 4.0, not a whole number"),
+        (dict(scaling_factor=None), "scaling_factor is None, not a number"),
+        (dict(scaling_factor=0), "scaling_factor is 0, not above 0.000001"),
+        (dict(scaling_factor=-0.18), "scaling_factor is -0.18, not above 0.000001"),
+        (dict(scaling_factor=math.nan), "scaling_factor is nan, not a number"),
+        (dict(scaling_factor="0.18215"), "scaling_factor is '0.18215', not a number"),
+        (dict(shift_factor=False), "shift_factor is False, not a number"),
+        (dict(shift_factor=-math.inf), "shift_factor is -inf, not a number"),
+        (dict(use_quant_conv=None), "use_quant_conv is None, not true or false"),
+        (dict(use_post_quant_conv="false"), "use_post_quant_conv is 'false', not true or false"),
         (dict(use_quant_conv=False), r"missing \[\], unknown .'quant_conv"),
         (dict(layers_per_block=2), "missing .'encoder.down_blocks.0.resnets.1"),
         (dict(latent_channels=8), "conv_.*.weight. has the shape"),

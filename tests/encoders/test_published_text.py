@@ -21,7 +21,7 @@ from oracles import SPIECE, clip, save, t5, whole_clip
 from attention import fused_attention, use_attention, written_out_attention
 from conditioning import last_token
 from encoders import weights
-from encoders.clip import NAMES, CLIPConfig, CLIPTextEncoder, CLIPTokenizer, load_clip, words
+from encoders.clip import END, NAMES, START, CLIPConfig, CLIPTextEncoder, CLIPTokenizer, load_clip, words
 from encoders.t5 import T5Config, Tokenizer, load_t5
 
 PROMPTS = [
@@ -109,6 +109,8 @@ def test_every_published_size_is_read(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | dict(model_type="clip")))
         assert CLIPConfig.read(tmp_path) == CLIPConfig()
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="clip_text_model")))
+    assert CLIPConfig.read(tmp_path) == CLIPConfig(width=512, heads=8, mlp_width=2048)
+    (tmp_path / "config.json").write_text(json.dumps(dict(_class_name="clip")))
     assert CLIPConfig.read(tmp_path) == CLIPConfig(width=512, heads=8, mlp_width=2048)
 
 
@@ -228,6 +230,7 @@ ERRORS = {  # what is done to the folder of a T5: what is said of it, beside the
     "there is no folder": lambda f: shutil.rmtree(f),
     "no spiece.model in": lambda f: (f / "spiece.model").unlink(),
     "spiece.model is not a sentencepiece model": lambda f: (f / "spiece.model").write_bytes(b"text"),
+    "model is not a sentencepiece model": lambda f: (f / "spiece.model").write_bytes(b""),
     "no weights in": lambda f: (f / "model.safetensors").unlink(),
     "gone.safetensors is missing: the index beside it lists it": lambda f: add_index(
         f, **{NORM: "gone.safetensors"}
@@ -282,12 +285,74 @@ def test_what_is_wrong_with_a_clip_folder_is_said(tmp_path, byte_pairs):
     for name, content, message in (
         ("merges.txt", "a b\nc\n", "merges.txt is not a text of two pieces a line"),
         ("vocab.json", "{}", "vocab.json is not a list of CLIP's pieces"),
+        ("vocab.json", json.dumps({START: 0, END: 1, "a": -1}), "vocab.json is not a list of CLIP's pieces"),
         ("vocab.json", None, "no vocab.json in"),
     ):
         (folder / name).write_text(content) if content else (folder / name).unlink()
         with pytest.raises(ValueError, match=message) as error:
             load_clip(folder)
         assert str(folder) in str(error.value)
+
+
+HOSTILE_SIZES = (0, -2, 2.0, True, "2", [2], None, 10**30)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                 "intermediate_size", "max_position_embeddings"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_size_of_clip_that_is_none_is_named(tmp_path, key, nested):
+    for value in HOSTILE_SIZES:
+        text = dict(model_type="clip_text_model") | {key: value}
+        config = dict(model_type="clip", text_config=text, text_config_dict=None) if nested else text
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        named_in_one_line(tmp_path, CLIPConfig.read, f"{key} is {value!r}, not a whole number above 0")
+
+
+def named_in_one_line(folder, read, message):
+    with pytest.raises(ValueError, match=re.escape(f"{folder}/config.json: {message}")) as error:
+        read(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(num_attention_heads=7), "num_attention_heads is 7, which does not divide 512, its hidden_size"),
+        (dict(hidden_size=8, num_attention_heads=16), "num_attention_heads is 16, which does not divide 8"),
+        (dict(max_position_embeddings=1), "max_position_embeddings is 1; start and end need 2"),
+        (dict(model_type="clip", text_config="x"), "text_config is 'x', not a dictionary"),
+        (dict(model_type="clip", text_config=[]), "text_config is [], not a dictionary"),
+        (dict(model_type="clip", text_config_dict=0), "text_config_dict is 0, not a dictionary"),
+        (dict(model_type="clip", text_config=dict(num_attention_heads=3)), "num_attention_heads is 3, which"),
+    ],
+)
+def test_a_config_of_clip_that_does_not_fit_is_named(tmp_path, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="clip_text_model") | changes))
+    named_in_one_line(tmp_path, CLIPConfig.read, message)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "d_model", "num_layers", "num_heads", "d_kv", "d_ff",
+                                 "relative_attention_num_buckets", "relative_attention_max_distance"])
+def test_a_size_of_t5_that_is_none_is_named(tmp_path, key):
+    config = dict(model_type="t5", feed_forward_proj="gated-gelu")
+    for value in HOSTILE_SIZES:
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        named_in_one_line(tmp_path, T5Config.read, f"{key} is {value!r}, not a whole number above 0")
+    for buckets, distance in ((3, 128), (32, 8), (64, 16)):  # with these the buckets divide by zero
+        sizes = dict(relative_attention_num_buckets=buckets, relative_attention_max_distance=distance)
+        (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+        message = f"relative_attention_max_distance is {distance}, which does not go with {buckets} buckets"
+        named_in_one_line(tmp_path, T5Config.read, message)
+
+
+def test_files_with_a_byte_order_mark_are_read(tmp_path, byte_pairs):
+    folder = save(clip(), tmp_path, byte_pairs, max_shard_size="20KB")
+    expected, encoder = load_clip(folder)
+    for path in (*folder.glob("*.json"), folder / "merges.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    tokenizer, again = load_clip(folder)
+    assert tokenizer.ranks == expected.ranks and tokenizer.vocabulary == expected.vocabulary
+    assert same(again, encoder)
 
 
 def test_a_module_is_as_before_where_loading_fails(tmp_path, byte_pairs):
@@ -403,12 +468,22 @@ def texts(count=600):
     return found
 
 
+def texts_with_marks(count=300):
+    """Start and end of text, whole, in capitals and broken, next to whatever changes under normalisation."""
+    rng = random.Random(1)
+    parts = [START, END] * 4 + [START.upper(), "<|EndOfText|>", "<|ſtartoftext|>", "<|startof", "text|>", "<|", "|>"]
+    parts += list(".!<|>'sA1½ \n\xa0\u200b\x00\ufeff\u0301\u0338\u0130\u03a3\u212a") + ["'s", "'ll", "red"]
+    return [f".{END}", START.upper(), *("".join(rng.choices(parts, k=rng.randint(1, 9))) for _ in range(count))]
+
+
 def test_clip_tokens_are_those_of_transformers(byte_pairs):
     theirs = transformers.CLIPTokenizer.from_pretrained(byte_pairs)
     tokenizer = CLIPTokenizer.read(byte_pairs)
-    many = texts() + ["x <|endoftext|> y", "<|startoftext|>z<|endoftext|>"]
+    many = [text.lstrip("\ufeff") for text in texts() + texts_with_marks()]  # we leave a byte-order mark out
     for text, ids in zip(many, theirs(many, add_special_tokens=False)["input_ids"], strict=True):
         assert tokenizer.encode(text) == ids, repr(text[:200])
+        assert tokenizer.encode("\ufeff" + text) == ids and not tokenizer.unknown(text)
+        assert tokenizer.cut(text) == max(0, len(ids) - 75)
     letters = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
     runs = ["a" + "1".join(letters[i : i + 50]) for i in range(0, len(letters), 50)]  # every named character
     for text, ids in zip(runs, theirs(runs, add_special_tokens=False)["input_ids"], strict=True):
@@ -431,6 +506,17 @@ def test_words_by_hand():
     expected = ["don", "'t", "stop", "it", "'s", "½", "x", "2", "0", "!!", "οδοσ"]
     assert words("Don't  STOP it's ½ x20!!\u3000ΟΔΟΣ") == expected
     assert words("<|endoftext|>a<|èndoftext|>") == ["<|endoftext|>", "a", "<|", "èndoftext", "|>"]
+    assert words(".<|endoftext|>!<|ENDOFTEXT|>") == [".", "<|endoftext|>", "!<|", "endoftext", "|>"]
+    assert words("\ufeff\ufeffRed \ud800") == ["red", "\ufffd"] == words("red \udcff")
+
+
+def test_clip_names_words_that_it_does_not_know(byte_pairs):
+    tokenizer = CLIPTokenizer.read(byte_pairs, length=6)
+    text = "Two cats, 3 dogs"
+    assert tokenizer.unknown(text) == [] and tokenizer.cut(text) == 1 and tokenizer.cut("Two cats 3") == 0
+    for piece in ("cats</w>", "3</w>"):
+        del tokenizer.vocabulary[piece]
+    assert tokenizer.unknown(text) == ["cats", "3"] and tokenizer.unknown(f"two {END}") == []
 
 
 def test_t5_tokens_are_those_of_transformers():

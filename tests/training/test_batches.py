@@ -1,0 +1,35 @@
+"""The noise of a step: unit Gaussian, without repeats, a row's own whoever computes it."""
+import pytest
+import torch
+
+from training.batches import Step
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 4), (3, 5, 7), (2, 8, 4, 4), (1, 1, 1)])
+def test_a_rows_noise_does_not_depend_on_who_computes_it(shape):
+    whole = Step(5, 9, slice(0, 12), 12).noise(shape)
+    parts = [Step(5, 9, slice(start, start + 3), 12).noise(shape) for start in (0, 3, 6, 9)]
+    assert whole.shape == (12, *shape) and torch.equal(whole, torch.cat(parts))
+    assert torch.equal(Step(5, 9, slice(0, 3), 12).times(4).noise(shape), whole)
+
+
+def test_the_noise_is_gaussian():
+    """Its first four moments, its tail, and its correlations within and between rows, each to 5 standard errors."""
+    x = torch.cat([Step(0, step, slice(0, 64), 64).noise((16, 16, 16)) for step in range(4)]).double().flatten(1)  # (256, 4096)
+    n = x.numel()
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((x**power).mean().item() - mean) < 5 * (variance / n) ** 0.5
+    tail = 2.7e-3 * n  # beyond 3
+    assert abs((x.abs() > 3).sum().item() - tail) < 5 * tail**0.5 and x.isfinite().all()
+    for a, b in ((x[:, 1:], x[:, :-1]), (x[1:], x[:-1]), (x[:, :2048], x[:, 2048:]), (x[:64], x[64:128])):
+        assert abs((a * b).mean().item()) < 5 / a.numel() ** 0.5
+        assert abs((a.square() * b.square()).mean().item() - 1) < 5 * (8 / a.numel()) ** 0.5
+
+
+def test_no_two_rows_steps_or_seeds_share_noise():
+    """100,000 first numbers of rows: as many different ones as there are, up to what fp32 itself merges."""
+    first = [Step(seed, step, slice(0, 250), 250).noise((1,)).flatten() for seed in range(20) for step in range(20)]
+    first = torch.cat(first)
+    merged = len(first) - len(first.unique())
+    expected = sum(len(torch.randn(len(first)).unique()) for _ in range(3)) / 3
+    assert merged < 1.5 * (len(first) - expected) + 20
