@@ -82,7 +82,6 @@ def fit(flags, model, hashes, read, batch_loss, preview, save, again="the same c
     first = state.load() if flags.resume else 0
     averaging = distributed.Averaging(model)
     log = Log(run, first)
-    longest = flags.max_norm if flags.max_norm > 0 else math.inf  # gradient
     parts = lambda number: steps_of(flags.seed, number, flags.batch_size, flags.accumulate)
     flops = state.flops(read, batch_loss, parts(first)[0], averaging)
     rate = matmul_rate(device, DTYPES[flags.precision])
@@ -101,8 +100,7 @@ def fit(flags, model, hashes, read, batch_loss, preview, save, again="the same c
                 window.add(losses.float().detach(), levels, batch[0])
             averaging.wait()
             # clip, step, average; a gradient that is not finite, on any process, changes nothing
-            norm = torch.nn.utils.clip_grad_norm_(state.weights.values(), longest)
-            norm = distributed.whole(norm).item()
+            norm = state.clip_gradient()
             lr = flags.lr * learning_rate(number, flags.steps, flags.warmup, flags.cooldown)
             done = number + 1
             if math.isfinite(norm):

@@ -1,5 +1,6 @@
 """The state of a run: the weights that train, their average over the steps (EMA), and the optimizers."""
 import contextlib
+import math
 
 import torch
 
@@ -47,6 +48,12 @@ class TrainingState:
         config = vars(self.flags) | dict(processor=processor(self.device))
         about = dict(config=config, hashes=self.hashes)
         checkpoints.save(self.flags.out, step, about, self.tensors(), self.flags.keep)
+
+    def clip_gradient(self):
+        """Shortens the gradient of all weights together to --max-norm, and returns how long it was."""
+        longest = self.flags.max_norm if self.flags.max_norm > 0 else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), longest)
+        return distributed.whole(norm).item()
 
     def whole_model(self):
         """The model's state_dict with EMA weights, on the CPU, on rank 0; None on the others."""
