@@ -15,6 +15,7 @@ finds all that its column asks for, and as many things as the prompt names; else
 An "unseen" prompt names a pair of colour and shape, or of texture and shape, that no training picture has.
 """
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,6 @@ from data import folder
 from diffusion import SAMPLERS
 from evaluation.judge import judge, judge_clip, look
 from evaluation.prompts import COLUMNS, motion_prompts, moving_prompts, only_in_pictures, prompts
-from evaluation.retrieval import retrieval
 from sample import Pipeline
 
 
@@ -65,49 +65,59 @@ def motion(generate, count=100, seed=0):
     clips = generate([prompt.text for group in (asked, *of_columns.values()) for prompt in group])
     clips = clips.permute(0, 1, 3, 4, 2).numpy()  # (B, F, S, S, 3)
     points = [judge_clip(clip, prompt.things, prompt.motions) for clip, prompt in zip(clips, asked)]
-    one = [len(prompt.things) == 1 and prompt.motions[0] != "standing still" for prompt in asked]
-    new = [only_in_pictures(prompt.things) for prompt in asked]
-
-    def mean(key, chosen):
-        return float(np.mean([score[key] for score, included in zip(points, chosen) if included]))
-
-    everything = [True] * count
-    scores = {key: mean(key, everything) for key in ("motion", "flicker", "amount")}
-    scores["motion_one"] = mean("motion", one)
-    scores["identity"] = mean("identity", new if any(new) else everything)
+    moves_alone = lambda prompt: len(prompt.things) == 1 and prompt.motions[0] != "standing still"
+    alone = [score for score, prompt in zip(points, asked) if moves_alone(prompt)]
+    new = [score for score, prompt in zip(points, asked) if only_in_pictures(prompt.things)]
+    mean = lambda scores, key: float(np.mean([score[key] for score in scores]))
     rest, frames = iter(clips[count:]), {}
     for column, group in of_columns.items():
         judged = [judge(look(frame), prompt, column) for prompt in group for frame in next(rest)]
         frames[column] = float(np.mean(judged))
-    return scores | {"frames": with_mean(frames)}
+    scores = dict(motion=mean(points, "motion"), motion_one=mean(alone, "motion"))
+    scores |= dict(identity=mean(new or points, "identity"), flicker=mean(points, "flicker"))
+    return scores | dict(amount=mean(points, "amount"), frames=with_mean(frames))
 
 
-MOTION_SCALES, TEXT_SCALES = (0.0, 1.0, 1.1, 1.2, 1.3, 1.6, 2.0), (1.0, 2.0, 4.0, 7.5)
-
-
-def sweep(generate, count, seed, path, motions=MOTION_SCALES, texts=TEXT_SCALES):
+def sweep(generate, count, seed, path, scales_m=(0, 1, 1.1, 1.2, 1.3, 1.6, 2), scales_t=(1, 2, 4, 7.5)):
     """Scores over λ_M at λ_T = 2, and over λ_T at λ_M = 1: printed, drawn as curves to path, and returned."""
-    curves = {"over lambda-m, at lambda-t 2": [(2.0, scale) for scale in motions],
-              "over lambda-t, at lambda-m 1": [(scale, 1.0) for scale in texts]}
-    rows, panels = {}, []
-    for scales in dict.fromkeys(sum(curves.values(), [])):
-        row = motion(lambda prompts: generate(prompts, *scales), count, seed)
-        rows[scales] = row | {"frames": row["frames"]["mean"]}
-        shown = "  ".join(f"{key} {score:.3f}" for key, score in rows[scales].items())
-        print("λ_T {:g} λ_M {:g}: ".format(*scales) + shown)
-    for (title, points), xs in zip(curves.items(), (motions, texts)):
-        keys = ("motion", "identity", "amount", "frames")
-        series = {key: (xs, [rows[scales][key] for scales in points]) for key in keys}
-        panels.append(figures.curves(series, title, (480, 320), logarithmic=False))
-    figures.side_by_side(panels).save(path)
+    rows = {}
+    for t, m in dict.fromkeys([(2, m) for m in scales_m] + [(t, 1) for t in scales_t]):
+        row = motion(lambda prompts: generate(prompts, t, m), count, seed)
+        rows[t, m] = row | {"frames": row["frames"]["mean"]}
+        shown = "  ".join(f"{key} {score:.3f}" for key, score in rows[t, m].items())
+        print(f"λ_T {t:g} λ_M {m:g}: {shown}")
+    keys = ("motion", "identity", "amount", "frames")
+    over_m = {key: (scales_m, [rows[2, m][key] for m in scales_m]) for key in keys}
+    over_t = {key: (scales_t, [rows[t, 1][key] for t in scales_t]) for key in keys}
+    panels = [figures.curves(over_m, "over lambda-m, at lambda-t 2", (480, 320), logarithmic=False),
+              figures.curves(over_t, "over lambda-t, at lambda-m 1", (480, 320), logarithmic=False)]
+    Image.fromarray(np.hstack(panels)).save(path)
     return {"sweep": [dict(lambda_t=t, lambda_m=m, **row) for (t, m), row in rows.items()]}
+
+
+@torch.no_grad()
+def retrieval(autoencoder, dataset, generate, count=100, seed=0):
+    """For models of any pictures: the share of `count` random training captions whose sample is nearest to a
+    training picture of the same caption. Distance is Euclidean, between latents. generate: as above."""
+    captions = dataset.captions
+    chosen = random.Random(seed).sample(range(len(captions)), min(count, len(captions)))
+    device = next(autoencoder.parameters()).device
+
+    def encode(pictures):
+        """(N, 3, S, S) uint8 → (N, C·h·w)."""
+        parts = (figures.from_bytes(part).to(device) for part in pictures.split(256))
+        return torch.cat([autoencoder.encode(part).flatten(1) for part in parts])
+
+    training = encode(dataset.pictures(range(len(captions))))
+    samples = encode(generate([captions[i] for i in chosen]))
+    nearest = torch.cdist(samples, training).argmin(1).tolist()  # (count,)
+    return float(np.mean([captions[n] == captions[i] for n, i in zip(nearest, chosen)]))
 
 
 def print_table(rows):
     """rows: {name: {column: number}}, all with the same columns."""
-    for i, (name, row) in enumerate(rows.items()):
-        if i == 0:
-            print(" " * 8 + "".join(column.rjust(13) for column in row))
+    print(" " * 8 + "".join(column.rjust(13) for column in next(iter(rows.values()))))
+    for name, row in rows.items():
         print(name.ljust(8) + "".join(f"{number:13.3f}" for number in row.values()))
 
 
@@ -131,8 +141,7 @@ class Flags:
 
 def check(flags):
     """ValueError for flags that do not go together, and for files that could not be written."""
-    for name in ("sweep", "frames"):
-        value = getattr(flags, name)
+    for name, value in (("sweep", flags.sweep), ("frames", flags.frames)):
         if value and not flags.video:
             raise ValueError(f"--{name} {value}: of clips only; give --video too")
     if flags.frames == 1:
@@ -140,10 +149,9 @@ def check(flags):
     suffix = Path(flags.sweep).suffix.lower()
     if flags.sweep and Image.registered_extensions().get(suffix) not in Image.SAVE:
         raise ValueError(f"--sweep {flags.sweep}: no kind of picture; call it NAME.png")
-    for name in ("sweep", "json"):
-        parent = Path(getattr(flags, name)).parent
-        if not parent.is_dir():
-            raise ValueError(f"--{name} {getattr(flags, name)}: there is no folder {parent}")
+    for name, value in (("sweep", flags.sweep), ("json", flags.json)):
+        if not Path(value).parent.is_dir():
+            raise ValueError(f"--{name} {value}: there is no folder {Path(value).parent}")
 
 
 def main(arguments):
@@ -167,17 +175,15 @@ def main(arguments):
     def generate(texts, lambda_t=flags.lambda_t, lambda_m=flags.lambda_m):
         """List of N prompts → (N, 3, S, S) uint8, or clips (N, F, 3, S, S)."""
         options = flags.seed, flags.sampler, flags.steps, lambda_t, lambda_m
-        parts = [texts[i : i + size] for i in range(0, len(texts), size)]
-        bar = tqdm(parts, desc="sampling", disable=None, leave=False)
-        return torch.cat([model.generate(part, *options, frames=frames) for part in bar])
+        starts = tqdm(range(0, len(texts), size), desc="sampling", disable=None, leave=False)
+        return torch.cat([model.generate(texts[i : i + size], *options, frames=frames) for i in starts])
 
     count, source = flags.prompts, model.config["flags"]["data"]
     if flags.sweep:
         scores = sweep(generate, count, flags.seed, flags.sweep)
     elif flags.video:
         scores = motion(generate, count, flags.seed)
-        keys = ("motion", "motion_one", "identity", "flicker", "amount")
-        print_table({"": {key: scores[key] for key in keys}})
+        print_table({"": {key: score for key, score in scores.items() if key != "frames"}})
         print_table({"frames": scores["frames"]})
     elif source == "shapes":
         scores = composition(generate, count, flags.seed)
@@ -190,10 +196,10 @@ def main(arguments):
         scores = {"retrieval": share}
     if flags.json:
         settings = ("seed", "sampler", "steps", "lambda_t", "lambda_m", "prompts")
-        made_by = {name: getattr(flags, name) for name in settings}
+        scores |= {name: getattr(flags, name) for name in settings}
+        scores |= dict(checkpoint=str(run), precision=model.precision)
         if flags.video:
-            made_by["frames_a_clip"] = frames
-        scores |= {"checkpoint": str(run), "precision": model.precision, **made_by}
+            scores["frames_a_clip"] = frames
         Path(flags.json).write_text(json.dumps(scores, indent=1) + "\n")
 
 

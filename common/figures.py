@@ -1,5 +1,4 @@
-"""Results as pictures: a grid with captions, clips as animations and contact sheets, and curves. Pillow does
-the drawing."""
+"""Results as pictures: a grid with captions, clips as animations and contact sheets, and curves."""
 import shutil
 import subprocess
 import textwrap
@@ -8,21 +7,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-
-def font(size=11):
-    return ImageFont.load_default(size)
+FONT = ImageFont.load_default(11)
+MOST_PIXELS = 500_000_000  # of a grid: 2 GB of memory
 
 
 def grid(pictures, captions=None, columns=None, zoom=2):
-    """(B, 3, S, S) uint8 → one Pillow image, each picture `zoom` times as large, with its caption below."""
+    """(B, 3, S, S) uint8 → one Pillow image, each picture `zoom` times as large, with its caption below, of
+    which 30 lines are shown. ValueError if it is too large for memory."""
     B, _, height, width = pictures.shape
     columns = columns or min(B, 8)
-    width, height = width * zoom, height * zoom
-    lines = [textwrap.wrap(caption, max(8, width // 6)) for caption in captions or [""] * B]
+    width, height, pad = width * zoom, height * zoom, 4
+    wrap = textwrap.TextWrapper(max(8, width // 6), max_lines=30, placeholder=" …").wrap
+    lines = [wrap(caption) for caption in captions or [""] * B]
     foot = 13 * max(map(len, lines)) + (6 if captions else 0)
-    pad = 4
     rows = -(-B // columns)
     size = columns * (width + pad) + pad, rows * (height + foot + pad) + pad
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ValueError(f"a grid of {size[0]}×{size[1]} pixels is too large")
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     for i, picture in enumerate(pictures):
@@ -30,7 +31,7 @@ def grid(pictures, captions=None, columns=None, zoom=2):
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
         for n, line in enumerate(lines[i]):
-            pen.text((x + 1, y + height + 2 + 13 * n), line, fill="black", font=font())
+            pen.text((x + 1, y + height + 2 + 13 * n), line, fill="black", font=FONT)
     return sheet
 
 
@@ -39,53 +40,41 @@ ANIMATED = (".gif", ".webp", ".mp4")
 
 def animation(clips, captions, fps, path, zoom=2):
     """(B, F, 3, S, S) uint8 → one animated grid, written to path (.gif, .webp, or through the program ffmpeg
-    .mp4). ValueError if the program is needed and missing, or fails."""
-    columns = min(len(clips), 6)
-    frames = [grid(clips[:, i], captions, columns, zoom) for i in range(clips.shape[1])]
+    .mp4). It lasts F/fps seconds, up to the format's unit. ValueError if the program is needed and missing,
+    or fails."""
+    frames = [grid(frame, captions, min(len(clips), 6), zoom) for frame in clips.unbind(1)]
     if len(clips) == 1 and captions is None:  # a clip alone has no frame around it
         frames = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in clips[0]]
-    if path.suffix != ".mp4":
-        more = dict(append_images=frames[1:], duration=1000 // fps, loop=0, lossless=True)
+    kind = path.suffix.lower()
+    if kind != ".mp4":
+        unit = 10 if kind == ".gif" else 1  # milliseconds
+        ends = [round(1000 * i / fps / unit) * unit for i in range(len(frames) + 1)]
+        more = dict(append_images=frames[1:], duration=np.diff(ends).tolist(), loop=0, lossless=True)
         frames[0].save(path, save_all=True, **more)
         return
     if shutil.which("ffmpeg") is None:
-        raise ValueError(f"{path}: for mp4 install the program ffmpeg (on Debian: apt-get install ffmpeg)")
+        raise ValueError("for mp4 install the program ffmpeg (on Debian: apt-get install ffmpeg)")
     width, height = frames[0].size
     read = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white", "-pix_fmt", "yuv420p"]
-    command = ["ffmpeg", "-v", "error", "-y", *read, *even, str(path)]
+    command = ["ffmpeg", "-v", "error", "-y", *read, *even, f"file:{path}"]  # a name may have colons
     result = subprocess.run(command, input=b"".join(map(Image.Image.tobytes, frames)), capture_output=True)
     if result.returncode:
-        reason = result.stderr.decode(errors="replace").strip().splitlines()[-1]
-        raise ValueError(f"ffmpeg cannot write {path}: {reason}")
+        lines = result.stderr.decode(errors="replace").strip().splitlines()
+        raise ValueError(f"ffmpeg cannot write it: {lines[-1] if lines else 'no reason given'}")
 
 
-def sheet(clips, captions, zoom=1):
+def sheet(clips, captions):
     """(B, F, 3, S, S) uint8 → one Pillow image: a row a clip, its frames from left to right, its caption
     below."""
-    rows = [grid(clip, columns=len(clip), zoom=zoom) for clip in clips]
-    width, height = rows[0].size
-    image = Image.new("RGB", (width, (height + 16) * len(rows)), "white")
-    pen = ImageDraw.Draw(image)
-    for i, (row, caption) in enumerate(zip(rows, captions)):
-        image.paste(row, (0, (height + 16) * i))
-        pen.text((5, (height + 16) * i + height - 1), caption, fill="black", font=font())
-    return image
-
-
-def side_by_side(images):
-    """Pillow images of one height → one."""
-    whole = Image.new("RGB", (sum(image.width for image in images), images[0].height), "white")
-    for i, image in enumerate(images):
-        whole.paste(image, (sum(other.width for other in images[:i]), 0))
-    return whole
+    frames = torch.nn.functional.pad(clips, (0, 4), value=255)  # a white gap after each frame
+    return grid(torch.cat(frames.unbind(1), dim=-1), captions, columns=1, zoom=1)
 
 
 def curves(series, title, size=(720, 360), logarithmic=True):
-    """{name: (x values, y values)} → a Pillow image of lines over a logarithmic y axis, or a linear one from
-    0 to at least 1."""
-    width, height = size
-    left, right, top, bottom = 64, width - 16, 36, height - 32
+    """{name: (x values, y values)}, at most five → a Pillow image of lines over a logarithmic y axis, or a
+    linear one from 0 to at least 1."""
+    left, right, top, bottom = 64, size[0] - 16, 36, size[1] - 32
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
     scaled = lambda y: np.log10(np.maximum(y, 1e-9)) if logarithmic else np.asarray(y, float)
@@ -93,27 +82,20 @@ def curves(series, title, size=(720, 360), logarithmic=True):
     ys = np.concatenate([scaled(y) for _, y in series.values()])
     x_low, x_high = xs.min(), max(xs.max(), xs.min() + 1)
     y_low, y_high = (ys.min() - 0.02, ys.max() + 0.02) if logarithmic else (0.0, max(1.0, ys.max()))
-
-    def point(x, y):
-        x = left + (x - x_low) / (x_high - x_low) * (right - left)
-        return x, bottom - (float(scaled(y)) - y_low) / (y_high - y_low) * (bottom - top)
-
-    pen.text((left, 8), title, fill="black", font=font(14))
-    for share in np.linspace(0, 1, 5):
-        y = bottom - share * (bottom - top)
-        value = y_low + share * (y_high - y_low)
+    pen.text((left, 10), title, fill="black", font=FONT)
+    for x, y, x_value, value in np.linspace((left, bottom, x_low, y_low), (right, top, x_high, y_high), 5):
         pen.line([(left, y), (right, y)], fill=(225, 225, 225))
-        pen.text((6, y - 7), f"{10**value if logarithmic else value:.3g}", fill="black", font=font())
-        x = x_low + share * (x_high - x_low)
-        label = f"{x:.0f}" if logarithmic else f"{x:.3g}"
-        pen.text((left + share * (right - left) - 10, bottom + 8), label, fill="black", font=font())
-    palette = [(30, 90, 200), (220, 60, 40), (40, 150, 70), (150, 60, 180), (230, 140, 20), (20, 160, 170)]
+        pen.text((6, y - 7), f"{10**value if logarithmic else value:.3g}", fill="black", font=FONT)
+        pen.text((x - 10, bottom + 8), f"{x_value:g}", fill="black", font=FONT)
+    palette = [(30, 90, 200), (220, 60, 40), (40, 150, 70), (150, 60, 180), (230, 140, 20)]
     end = right  # of the next name, in the line of the title
-    for i, (name, (x, y)) in reversed(list(enumerate(series.items()))):
+    for (name, (x, y)), colour in reversed(list(zip(series.items(), palette))):
         if len(x) > 1:
-            pen.line([point(*p) for p in zip(x, y)], fill=palette[i % 6], width=2)
-        end -= pen.textlength(name, font=font()) + 12
-        pen.text((end + 12, 10), name, fill=palette[i % 6], font=font())
+            across = np.interp(x, (x_low, x_high), (left, right))
+            up = np.interp(scaled(y), (y_low, y_high), (bottom, top))
+            pen.line(list(zip(across, up)), fill=colour, width=2)
+        end -= pen.textlength(name, font=FONT) + 12
+        pen.text((end + 12, 10), name, fill=colour, font=FONT)
     return image
 
 

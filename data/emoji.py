@@ -29,21 +29,21 @@ def make_emoji(folder, font_path=None, size=128):
     if not found:
         raise ValueError(f"no font at {paths[0]}. On Debian: apt-get install fonts-noto-color-emoji")
     font = ImageFont.truetype(found[0], 109)  # the only size of this bitmap font
+    box_of = lambda character: font.getmask(character, mode="RGBA").getbbox()
+    missing = box_of("\uffff")  # what the font draws for a character it lacks
     Path(folder).mkdir(parents=True, exist_ok=True)
-    missing = font.getmask("\uffff", mode="RGBA").getbbox()  # what the font draws for a character it lacks
     count = 0
     for code in [*range(0x203C, 0x3300), *range(0x1F000, 0x1FB00)]:
         name = unicodedata.name(chr(code), "").lower()
         if not name or name.startswith("emoji modifier") or "regional indicator" in name:
             continue
-        image = Image.new("RGBA", (136, 128), "white")
+        image = Image.new("RGB", (136, 128), "white")
         ImageDraw.Draw(image).text((0, 0), chr(code), font=font, embedded_color=True)
-        empty = ImageOps.invert(image.convert("L")).getbbox() is None
-        absent = font.getmask(chr(code), mode="RGBA").getbbox() == missing
-        grey = np.ptp(np.asarray(image.convert("RGB"), int), axis=2).max() == 0
-        if empty or absent or grey and code < 0x2600:
+        pixels = np.asarray(image, int)
+        grey = code < 0x2600 and np.ptp(pixels, axis=2).max() == 0
+        if grey or pixels.min() == 255 or box_of(chr(code)) == missing:
             continue
-        ImageOps.pad(image.convert("RGB"), (size, size), color="white").save(f"{folder}/{code:05x}.png")
+        ImageOps.pad(image, (size, size), color="white").save(f"{folder}/{code:05x}.png")
         Path(f"{folder}/{code:05x}.txt").write_text(name + "\n", encoding="utf-8")
         count += 1
     return count

@@ -100,7 +100,6 @@ class MovingShapes:
 
     def __init__(self, size=64, frames=8, count=4096, seed=0):
         self.size, self.seed = size, seed
-        self.last = (None, None)  # the latest even clip: its index and frames, to be reversed
         self.scenes, self.captions = [], []
         for k in range(count // 2):
             rng = random.Random(f"clip {seed} {k}")
@@ -118,18 +117,15 @@ class MovingShapes:
 
     def clips(self, indices):
         """B indices → (B, F, 3, S, S) uint8."""
-        clips = np.stack([self.film(int(i)) for i in indices])
+        indices = [int(i) for i in indices]
+        films = {k: self.film(k) for k in {i // 2 for i in indices}}
+        clips = np.stack([films[i // 2][::-1] if i % 2 else films[i // 2] for i in indices])
         return torch.from_numpy(clips).permute(0, 1, 4, 2, 3)
 
-    def film(self, i):
-        """Clip i, blurred and noisy as from a bad camera: (F, S, S, 3) uint8."""
-        if i % 2:
-            return self.film(i - 1)[::-1]
-        if i != self.last[0]:
-            rng = np.random.default_rng((self.seed, i // 2))
-            blur = ImageFilter.GaussianBlur(rng.uniform(0.004, 0.01) * self.size)
-            sharp = [Image.fromarray(shapes.draw(scene, self.size)) for scene in self.scenes[i]]
-            blurred = np.stack([np.asarray(image.filter(blur)) for image in sharp])
-            noisy = blurred + rng.normal(0, 5, blurred.shape)
-            self.last = (i, noisy.round().clip(0, 255).astype(np.uint8))
-        return self.last[1]
+    def film(self, k):
+        """Clip 2k, blurred and noisy as from a bad camera: (F, S, S, 3) uint8."""
+        rng = np.random.default_rng((self.seed, k))
+        blur = ImageFilter.GaussianBlur(rng.uniform(0.004, 0.01) * self.size)
+        sharp = [Image.fromarray(shapes.draw(scene, self.size)) for scene in self.scenes[2 * k]]
+        blurred = np.stack([np.asarray(image.filter(blur)) for image in sharp])
+        return (blurred + rng.normal(0, 5, blurred.shape)).round().clip(0, 255).astype(np.uint8)

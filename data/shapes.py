@@ -3,8 +3,8 @@ Positions and radii are shares of the picture's side; y points downwards.
 
 The scenes are ours, not the paper's, and so are four choices that let a laptop learn them in minutes. Each
 leaves less to chance, so that the picture follows from the caption:
-- Cells. Things stand at the centres of 4×4 cells, one cell for each token of the demo's model. The model then
-  has few different pieces of picture to learn.
+- Cells. Things stand at the centres of 4×4 cells, one for each token of the demo's model, which then has few
+  different pieces of picture to learn.
 - Opposite ends. Two things in a relation such as "above" stand at opposite ends of the picture, nearly in
   line. The relation stays true if one of them is drawn a little off.
 - Words of place. Any other caption says where its things are ("at the top") or names them from left to right.
@@ -56,7 +56,7 @@ class Thing:
 
 def distance(shape, x, y):
     """Signed distance from points (x, y), two arrays, to the outline of a shape of area π at the origin:
-    negative inside, exact near the edges but for corners. ValueError for an unknown shape."""
+    negative inside, exact near the edges but for corners."""
     if shape == "circle":
         return np.hypot(x, y) - 1
     if shape == "square":
@@ -67,16 +67,13 @@ def distance(shape, x, y):
     if shape == "cross":
         x, y = abs(x), abs(y)
         return np.minimum(np.maximum(x - 1.154, y - 0.4155), np.maximum(x - 0.4155, y - 1.154))
-    if shape == "star":  # fold the plane into one tenth, where the outline is a single line
-        angle = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-        radius = np.hypot(x, y)
-        return radius * (0.3840 * np.cos(angle) + 0.9233 * np.sin(angle)) - 0.5918
-    raise ValueError(f"shape {shape!r} is not one of {', '.join(SHAPES)}")
+    # star: fold the plane into one tenth, where the outline is a single line
+    angle = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    return np.hypot(x, y) * (0.3840 * np.cos(angle) + 0.9233 * np.sin(angle)) - 0.5918
 
 
 def texture_share(texture, x, y, period):
-    """The share of the dark tone in each pixel, 0…1. x, y: arrays, from the shape's centre. x, y and period
-    are in pixels. ValueError for an unknown texture."""
+    """The share of dark tone in each pixel, 0…1. x, y (arrays, from the centre), period: in pixels."""
     if texture == "solid":
         return np.zeros_like(x)
     if texture == "striped":
@@ -85,28 +82,24 @@ def texture_share(texture, x, y, period):
         period = 1.5 * period  # two squares
         waves = np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period)
         return (0.5 + waves * period / 6.3).clip(0, 1)
-    if texture == "dotted":
-        u, v = ((a + period / 2) % period - period / 2 for a in (x, y))
-        return (0.5 + 0.28 * period - np.hypot(u, v)).clip(0, 1)
-    raise ValueError(f"texture {texture!r} is not one of {', '.join(TEXTURES)}")
+    u, v = ((a + period / 2) % period - period / 2 for a in (x, y))  # dotted: from the nearest dot's centre
+    return (0.5 + 0.28 * period - np.hypot(u, v)).clip(0, 1)
 
 
 def draw(things, size=64):
     """Renders positioned things on the plain background, with anti-aliased edges: (size, size, 3) uint8."""
     picture = np.full((size, size, 3), BACKGROUND, np.uint8)
+    centres = np.arange(size, dtype=np.float32) + 0.5  # of pixels
     for thing in things:
         x, y, r = thing.x * size, thing.y * size, thing.r * size  # in pixels
         reach = 1.6 * r + 2  # the widest shape, the star, reaches 1.54 r
-        left, right = max(0, int(x - reach)), min(size, int(x + reach) + 1)
-        top, bottom = max(0, int(y - reach)), min(size, int(y + reach) + 1)
-        u = (np.arange(left, right, dtype=np.float32) + 0.5 - x)[None, :]
-        v = (np.arange(top, bottom, dtype=np.float32) + 0.5 - y)[:, None]
+        columns, rows = (slice(max(0, int(c - reach)), int(c + reach) + 1) for c in (x, y))
+        window = picture[rows, columns]  # (h, w, 3), a view
+        u, v = centres[columns] - x, centres[rows, None] - y  # (w,), (h, 1)
         cover = (0.5 - distance(thing.shape, u / r, v / r) * r).clip(0, 1)[..., None]
-        colour = np.array(COLOURS[thing.colour], np.float32)
-        if thing.texture != "solid":
-            colour = colour * (1 - 0.72 * texture_share(thing.texture, u, v, PERIOD * size)[..., None])
-        window = picture[top:bottom, left:right].astype(np.float32)
-        picture[top:bottom, left:right] = window + cover * (colour - window) + 0.5  # 0.5: uint8 rounds down
+        dark = texture_share(thing.texture, u, v, PERIOD * size)[..., None]
+        colour = np.array(COLOURS[thing.colour], np.float32) * (1 - 0.72 * dark)
+        window[:] = window + cover * (colour - window) + 0.5  # 0.5: uint8 rounds down
     return picture
 
 
@@ -158,21 +151,22 @@ def cells_allowed(i, count, relation, ordered, columns, rows):
     """Of the columns and rows, those where thing i of `count` may stand. In one of RELATIONS, the first two
     stand at opposite ends. ordered: across, these two stand in the middle and a third at a side; without
     such a relation, things stand from left to right as they are named."""
+    if relation in ("above", "below"):  # like these, with x and y exchanged
+        turned = "left of" if relation == "above" else "right of"
+        rows, columns = cells_allowed(i, count, turned, ordered, rows, columns)
+        return columns, rows
     middle = lambda cells: [c for c in cells if abs(c - 0.5) < 1 / CELLS]
-    if relation in RELATIONS:
-        upright = relation in ("above", "below")
-        along, across = (rows, columns) if upright else (columns, rows)
-        if i < 2:
-            at_start = (i == 0) == (relation in ("above", "left of"))
-            along = along[:1] if at_start else along[-1:]
-        if ordered:
-            across = middle(across) if i < 2 else across[:1] + across[-1:]
-        return (across, along) if upright else (along, across)
-    if ordered and count == 2:
-        half = len(columns) // 2
-        columns = columns[half:] if i else columns[:half]
-    if ordered and count == 3:
-        columns = (columns[:1], middle(columns), columns[-1:])[i]
+    left, right, half = columns[:1], columns[-1:], len(columns) // 2
+    if ordered and relation in RELATIONS:
+        rows = middle(rows) if i < 2 else rows[:1] + rows[-1:]
+    if relation == "left of":
+        columns = (left, right, columns)[i]
+    elif relation == "right of":
+        columns = (right, left, columns)[i]
+    elif ordered and count == 2:
+        columns = (columns[:half], columns[half:])[i]
+    elif ordered and count == 3:
+        columns = (left, middle(columns), right)[i]
     return columns, rows
 
 
@@ -181,7 +175,7 @@ def arrange(things, relation, rng, ordered=True):
     `cells_allowed`, and the relation, if any, is clear between the first two. Three things that do not fit in
     20 attempts lose their order. Things that do not fit in 40 shrink by 0.5 % with each further attempt."""
     for attempt in itertools.count():
-        shrink = min(1.0, 0.995 ** (attempt - 40))
+        shrink = 0.995 ** max(0, attempt - 40)
         ordered = ordered and (len(things) < 3 or attempt < 20)
         placed = []
         for i, thing in enumerate(things):
@@ -202,7 +196,7 @@ def arrange(things, relation, rng, ordered=True):
 def noun(thing, size=True):
     """"a small striped red circle". "solid" and the middle size are not said. size: whether a size is."""
     words = [thing.size if size else "", thing.texture.replace("solid", ""), thing.colour, thing.shape]
-    words = " ".join(word for word in words if word)
+    words = " ".join(filter(None, words))
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 

@@ -1,1 +1,1 @@
-"""What measures: the benchmark's prompts and judge, retrieval, speed, the dry run, and the published DiT."""
+"""What measures: the benchmark's prompts and judge, speed, the dry run, and the published DiT."""

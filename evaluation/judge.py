@@ -10,6 +10,7 @@ import numpy as np
 from data import shapes
 from data.moving_shapes import MOTIONS
 from data.shapes import CELLS, COLOURS, PERIOD, SHAPES, SIZES, TEXTURES, Thing, distance, texture_share
+from evaluation.prompts import COLUMNS
 
 
 def look(picture):
@@ -26,28 +27,25 @@ def look(picture):
     # an edge pixel, which two close things may share, is much paler than its neighbours: without it they part
     strongest = np.max([np.roll(contrast, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)], axis=0)
     found = []
-    for rows, columns in components((contrast > 48) & (contrast > 0.45 * strongest)):
-        if len(rows) < 0.006 * S * S:
-            continue
+    for region in regions((contrast > 48) & (contrast > 0.45 * strongest), 0.006 * S * S):
+        rows, columns = np.nonzero(region)
         top, bottom = max(0, rows.min() - 1), min(S, rows.max() + 2)
         left, right = max(0, columns.min() - 1), min(S, columns.max() + 2)
-        window = image[top:bottom, left:right]  # (h, w, 3)
-        region = np.zeros(window.shape[:2], bool)
-        region[rows - top, columns - left] = True
-        colour = nearest_colour(window[eroded(region)])
+        part = np.s_[top:bottom, left:right]  # (h, w)
+        colour = nearest_colour(image[part][eroded(region[part])])
         full = np.abs(np.array(COLOURS[colour]) - background).max()  # contrast of a pixel covered completely
-        grown = ~eroded(~region)  # with the pale edge
-        cover = np.where(grown, contrast[top:bottom, left:right] / full, 0).clip(0, 1)  # (h, w)
+        grown = ~eroded(~region[part])  # with the pale edge
+        cover = np.where(grown, contrast[part] / full, 0).clip(0, 1)  # (h, w)
         r = np.sqrt(cover.sum() / np.pi)
         shape, x, y, r = best_shape(cover, left, top, (left + right) / 2, (top + bottom) / 2, r)
-        texture = best_texture(window, left, top, shape, x, y, r, colour, PERIOD * S)
+        texture = best_texture(image[part], left, top, shape, x, y, r, colour, PERIOD * S)
         size = min(SIZES, key=lambda name: abs(np.log(SIZES[name] * S / r)))
         found.append(Thing(shape, colour, texture, size, x / S, y / S, r / S))
     return found
 
 
-def components(mask):
-    """Connected regions (8 neighbours) of a boolean picture: list of (row indices, column indices)."""
+def regions(mask, least):
+    """The connected regions (8 neighbours) of a boolean picture with at least `least` pixels, each a mask."""
     height, width = mask.shape
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # each pixel takes the largest label among its neighbours, until nothing changes
@@ -55,7 +53,8 @@ def components(mask):
         largest = np.max([padded[i : i + height, j : j + width] for i in range(3) for j in range(3)], axis=0)
         largest = np.where(mask, largest, 0)
         if (largest == label).all():
-            return [np.nonzero(label == value) for value in np.unique(label) if value]
+            counts = zip(*np.unique(label, return_counts=True))
+            return [label == value for value, count in counts if value and count >= least]
         label = largest
 
 
@@ -74,35 +73,34 @@ def nearest_colour(pixels):
     return min(hue, key=lambda name: np.square(colour / max(colour.max(), 1) - hue[name]).sum())
 
 
-def candidates(*choices):
-    """All combinations: for each list of choices an array (K, 1, 1)."""
-    return (np.array(c, np.float32)[:, None, None] for c in zip(*itertools.product(*choices)))
-
-
-def offsets(height, width, left, top, x, y):
-    """Pixel centres of a window relative to candidate centres x, y (K, 1, 1): two arrays (K, h, w)."""
-    u = np.arange(left, left + width, dtype=np.float32)[None, None, :] + 0.5 - x
-    v = np.arange(top, top + height, dtype=np.float32)[None, :, None] + 0.5 - y
-    return np.broadcast_arrays(u, v)
+def candidates(window, left, top, x, y, shifts, scales=(1.0,)):
+    """Places for a centre near (x, y), and scales, in all K combinations: three arrays (K, 1, 1). With them
+    the pixel centres of a window (h, w, …), relative to these places: two arrays (K, h, w)."""
+    choices = np.array(list(itertools.product(shifts, shifts, scales)), np.float32)  # (K, 3)
+    dx, dy, scale = choices.T[:, :, None, None]
+    x, y = x + dx, y + dy
+    height, width = window.shape[:2]
+    u = np.arange(left, left + width, dtype=np.float32) + 0.5 - x
+    v = np.arange(top, top + height, dtype=np.float32)[:, None] + 0.5 - y
+    return x, y, scale, *np.broadcast_arrays(u, v)
 
 
 def best_shape(cover, left, top, x, y, r):
     """Shape, centre and radius whose outline is nearest to a silhouette (h, w); x, y, r: a first guess."""
-    dx, dy, scale = candidates((-0.6, 0, 0.6), (-0.6, 0, 0.6), (0.94, 1.0, 1.06))
-    u, v = offsets(*cover.shape, left, top, x + dx, y + dy)
+    x, y, scale, u, v = candidates(cover, left, top, x, y, (-0.6, 0, 0.6), (0.94, 1.0, 1.06))
+    r = r * scale
     fits = []
     for shape in SHAPES:
-        outline = (0.5 - distance(shape, u / (r * scale), v / (r * scale)) * r * scale).clip(0, 1)
+        outline = (0.5 - distance(shape, u / r, v / r) * r).clip(0, 1)
         error = np.square(outline - cover).sum((1, 2))  # (K,)
         k = error.argmin()
-        fits.append((error[k], shape, x + dx[k, 0, 0], y + dy[k, 0, 0], r * scale[k, 0, 0]))
+        fits.append((error[k], shape, x[k, 0, 0], y[k, 0, 0], r[k, 0, 0]))
     return min(fits, key=lambda fit: fit[0])[1:]
 
 
 def best_texture(window, left, top, shape, x, y, r, colour, period):
     """The texture whose pattern is nearest to a window (h, w, 3), well inside the outline."""
-    dx, dy = candidates((-0.7, 0, 0.7), (-0.7, 0, 0.7))
-    u, v = offsets(*window.shape[:2], left, top, x + dx, y + dy)
+    *_, u, v = candidates(window, left, top, x, y, (-0.7, 0, 0.7))
     inside = distance(shape, u[4] / r, v[4] / r) * r < -1.0  # candidate 4 of 9 is the middle
     if not inside.any():
         return "solid"
@@ -116,22 +114,15 @@ def judge(found, prompt, column):
     named = prompt.things
     if len(found) != len(named):
         return 0.0
-    attributes = {"color": ["colour"], "complex": ["colour", "shape", "texture"]}
-    attributes |= {"shape": ["shape"], "texture": ["texture"]}
-    asked = attributes.get(column, ["colour", "shape"])
-    other = [key for key in ("shape", "colour") if key not in asked] or ["shape", "colour"]
-
-    def agreement(pairs, keys):
-        return sum(getattr(a, key) == getattr(b, key) for a, b in pairs for key in keys)
-
-    # which found thing is which is decided by the other attributes; a tie is decided against the picture
+    asked, known_by = COLUMNS[column]
+    agreement = lambda pairs, keys: sum(getattr(a, key) == getattr(b, key) for a, b in pairs for key in keys)
+    # which found thing is which, by the attributes in known_by; a tie is decided against the picture
     orders = [list(zip(named, order)) for order in itertools.permutations(found)]
-    pairs = max(orders, key=lambda p: (agreement(p, other), -agreement(p, asked)))
-    if agreement(pairs, asked) < len(named) * len(asked):
-        return 0.0
-    if column == "complex" and any(a.size and a.size != b.size for a, b in pairs):
-        return 0.0
-    return float(prompt.relation is None or shapes.holds(prompt.relation, pairs[0][1], pairs[1][1]))
+    pairs = max(orders, key=lambda pairs: (agreement(pairs, known_by), -agreement(pairs, asked)))
+    right = agreement(pairs, asked) == len(named) * len(asked)
+    sizes = column != "complex" or all(a.size in ("", b.size) for a, b in pairs)
+    related = prompt.relation is None or shapes.holds(prompt.relation, pairs[0][1], pairs[1][1])
+    return float(right and sizes and related)
 
 
 def follow(found, things):
@@ -169,8 +160,7 @@ def judge_clip(clip, things, motions):
     motion     1 if all named things are there and move as named
     identity   share of the frames in which a thing has the colour, shape and texture that it mostly has
     flicker    mean change of a pixel between frames that the found things do not explain
-    amount     how far things go, as a share of the way from the first cell of a row to the last
-    """
+    amount     how far things go, as a share of the way from the first cell of a row to the last"""
     found = [look(frame) for frame in clip]
     rest = clip.astype(np.float32) - np.stack([shapes.draw(frame, clip.shape[1]) for frame in found])
     flicker = float(np.abs(np.diff(rest, axis=0)).mean() / 255)

@@ -6,7 +6,11 @@ from data import moving_shapes, shapes
 from data.moving_shapes import MOTIONS
 from data.shapes import TEXTURES, Thing
 
-COLUMNS = ("color", "shape", "texture", "spatial", "non_spatial", "complex")
+BOTH = ("shape", "colour")
+# The attributes that a column asks for, and those by which the judge knows which thing is which.
+COLUMNS = {"color": (("colour",), ("shape",)), "shape": (("shape",), ("colour",)),
+           "texture": (("texture",), BOTH), "spatial": (BOTH, BOTH), "non_spatial": (BOTH, BOTH),
+           "complex": (("texture", *BOTH), BOTH)}
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,8 @@ class Prompt:
 
 def prompts(column, unseen, count, seed=0):
     """`count` Prompts of a column. unseen: whether each names a thing that training never shows."""
-    rng = random.Random(f"{column} {unseen} {seed}")
-    known_by = {"color": ["shape"], "shape": ["colour"]}.get(column, ["shape", "colour"])
-    found = []
+    rng, found = random.Random(f"{column} {unseen} {seed}"), []
+    _, known_by = COLUMNS[column]
     while len(found) < count:
         number = rng.choice([2, 3]) if column == "complex" else 2
         things = [shapes.random_thing(rng, unseen and i == 0) for i in range(number)]
@@ -30,7 +33,6 @@ def prompts(column, unseen, count, seed=0):
             things = [Thing(thing.shape, thing.colour, rng.choice(TEXTURES[1:])) for thing in things]
         elif column != "complex":
             things = [Thing(thing.shape, thing.colour) for thing in things]
-        # the judge must know each thing by the attributes that the column does not ask for
         distinct = len({tuple(getattr(thing, key) for key in known_by) for thing in things}) == number
         if not distinct or any(thing.unseen for thing in things) != unseen:
             continue
@@ -43,6 +45,14 @@ def prompts(column, unseen, count, seed=0):
     return found
 
 
+def clip_prompt(things, motions, relation, rng):
+    """A list of one Prompt for a clip; an empty one if the things have no room to move so."""
+    if not moving_shapes.random_path(shapes.sized(things, relation), motions, relation, rng, 8):
+        return []
+    text = moving_shapes.describe(things, motions, relation, rng)
+    return [Prompt(text, tuple(moving_shapes.unsized(things, motions)), relation, tuple(motions))]
+
+
 def motion_prompts(count, seed=0):
     """`count` Prompts for clips: all motions in turn, of one thing and of two (with one motion, or one each).
     Half of them name a colour or texture that only pictures have."""
@@ -53,11 +63,8 @@ def motion_prompts(count, seed=0):
         motions = [names[i]] + [rng.choice([names[i], rng.choice(names)])] * (turn % 2)
         things = [shapes.random_thing(rng) for _ in motions]
         distinct = len({(thing.colour, thing.shape) for thing in things}) == len(things)
-        if not distinct or only_in_pictures(things) != (turn // 2 % 2 == 1):
-            continue
-        if moving_shapes.random_path(things, motions, None, rng, 8):  # they have room to move
-            text = moving_shapes.describe(things, motions, None, rng)
-            found.append(Prompt(text, tuple(moving_shapes.unsized(things, motions)), motions=tuple(motions)))
+        if distinct and only_in_pictures(things) == (turn // 2 % 2 == 1):
+            found += clip_prompt(things, motions, None, rng)
     return found
 
 
@@ -65,14 +72,10 @@ def moving_prompts(column, count, seed=0):
     """`count` Prompts for clips: those of a column that name two things, which move alike."""
     rng, found = random.Random(f"moving {column} {seed}"), []
     for prompt in prompts(column, False, 20 * count, seed):
-        motions, relation = [rng.choice(list(MOTIONS))] * 2, prompt.relation
-        if len(prompt.things) != 2 or len(found) == count:
-            continue
-        if moving_shapes.random_path(shapes.sized(prompt.things, relation), motions, relation, rng, 8):
-            things = tuple(moving_shapes.unsized(prompt.things, motions))
-            text = moving_shapes.describe(things, motions, relation, rng)
-            found.append(Prompt(text, things, relation, tuple(motions)))
-    return found
+        motion = rng.choice(list(MOTIONS))
+        if len(prompt.things) == 2:
+            found += clip_prompt(prompt.things, [motion, motion], prompt.relation, rng)
+    return found[:count]
 
 
 def only_in_pictures(things):

@@ -186,7 +186,7 @@ def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, cap
     sample.main(["--prompts", str(tmp_path / "list.txt"), *flags, "--out", str(tmp_path / "many")])
     with Image.open(tmp_path / "many/samples/a red circle moving left_000000.gif") as clip:
         assert clip.size == (32, 32)  # as pictures, without a frame around it
-    with pytest.raises(ValueError, match="--frames -1: must be at least 0"):
+    with pytest.raises(ValueError, match="--frames -1: must be from 0 to 1000"):
         sample.main(["a red circle moving left", *flags, "--frames", "-1"])
     with pytest.raises(ValueError, match="trained on clips from a folder"):
         evaluate.main(["--video", "--checkpoint", str(tmp_path / "all")])

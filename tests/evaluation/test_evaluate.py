@@ -101,7 +101,7 @@ def test_a_sweep_asks_for_every_scale_once_and_draws_the_curves(tmp_path):
         asked.append((lambda_t, lambda_m))
         return torch.full((len(texts), 8, 3, 64, 64), 250, dtype=torch.uint8)
 
-    rows = sweep(generate, 5, 0, tmp_path / "curves.png", motions=(1.0, 1.3), texts=(2.0, 7.5))["sweep"]
+    rows = sweep(generate, 5, 0, tmp_path / "curves.png", scales_m=(1.0, 1.3), scales_t=(2.0, 7.5))["sweep"]
     assert asked == [(2.0, 1.0), (2.0, 1.3), (7.5, 1.0)]
     assert asked == [(row["lambda_t"], row["lambda_m"]) for row in rows]
     assert all(row["motion"] == row["frames"] == 0 for row in rows)
