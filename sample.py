@@ -26,7 +26,6 @@ from torch import nn
 from tqdm import tqdm
 
 from attention import choose_attention
-from common import figures
 from common.figures import to_bytes
 from common.files import FORMAT, check_format, newest_run
 from common.flags import SEEDS, flag, read, run_command
@@ -158,7 +157,8 @@ class Pipeline(nn.Module):
             config = json.loads(metadata["config"])
             tokenizer = None
             if "published" in config:
-                config["published"] |= {name: moved for name, moved in published.items() if moved}
+                own = config["published"]
+                own |= {name: moved for name, moved in published.items() if moved and name in own}
             else:
                 tokenizer = Tokenizer(tensors.pop("tokenizer").numpy().tobytes())
             model = cls(config, tokenizer, empty=True)
@@ -169,12 +169,15 @@ class Pipeline(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} is not a model of train.py image: {reason}") from None
+        for name, moved in published.items():
+            if moved and name not in config.get("published", {}):
+                raise ValueError(f"--{name} {moved}: {path} was trained without it; leave it out")
         return model.eval()
 
 
 def generator_of(prompt, seed):
     """The random numbers of a prompt's picture, from prompt and seed alone."""
-    key = hashlib.sha256(f"{seed} {prompt}".encode()).digest()[:7]
+    key = hashlib.sha256(f"{seed} {prompt}".encode(errors="replace")).digest()[:7]
     return torch.Generator().manual_seed(int.from_bytes(key, "little"))
 
 
@@ -187,9 +190,9 @@ class Flags:
     clip: str = flag("", "the folder of the published CLIP, if it has moved since the training")
     t5: str = flag("", "the folder of the published T5, if it has moved since the training")
     prompts: str = flag("", "a file of prompts", group="what to draw")
-    per_prompt: int = flag(1, "samples of each prompt of --prompts", low=1)
+    per_prompt: int = flag(1, "samples of each prompt of --prompts", low=1, high=10_000)
     seed: int = flag(0, "another seed is another picture", low=0, high=SEEDS)
-    frames: int = flag(0, "of a clip, from a video model; 0: as it was trained", low=0)
+    frames: int = flag(0, "of a clip, from a video model; 0: as it was trained", low=0, high=1000)
     image_size: str = flag("", "pixels each way, or HEIGHTxWIDTH, if not as trained")
     sampler: str = flag("sde", "a solver's name", choices=tuple(SAMPLERS), group="sampling")
     steps: int = flag(16, "calls of the model")
@@ -200,7 +203,7 @@ class Flags:
     out: str = flag("", "the file (samples.png), or with --prompts the folder (samples)", group="output")
     grid: bool = flag(False, "with --prompts: one grid in place of a folder")
     zoom: int = flag(3, "how many times larger a grid shows a picture", low=1)
-    fps: int = flag(4, "frames a second, of the file", low=1)
+    fps: int = flag(4, "clips: frames a second, of the file", low=1, high=1000)
     batch_size: int = flag(32, "prompts drawn together", low=1, group="hardware")
     precision: str = flag("auto", "of products; auto: as in training, on its processor", choices=PRECISIONS)
     attention: str = flag("auto", "auto: fused on a GPU", choices=("auto", "fused", "written"))
@@ -208,14 +211,9 @@ class Flags:
 
 
 def main(arguments):
-    flags, _, prompts = read(Flags, arguments, "python sample.py", __doc__.partition("\n")[0], words="PROMPT")
-    if flags.prompts:
-        prompts = prompts + prompt_lists.read_prompts(flags.prompts)
-    into_folder = flags.prompts and not flags.grid
-    if (flags.grid and not flags.prompts) or (flags.per_prompt > 1 and not into_folder):
-        raise ValueError("--grid goes with --prompts FILE; --per-prompt with --prompts FILE without --grid")
-    if not prompts or not all(map(str.strip, prompts)):
-        raise ValueError('no prompt: python sample.py "a red circle above a blue square", or --prompts FILE')
+    about = __doc__.partition("\n")[0]
+    flags, given, prompts = read(Flags, arguments, "python sample.py", about, words="PROMPT")
+    prompts = prompt_lists.prompts_of(prompts, flags.prompts)
     size = prompt_lists.read_size(flags.image_size) if flags.image_size else None
     interval = prompt_lists.read_interval(flags.guide)
     folder = flags.checkpoint or newest_run("video" if flags.frames else "image")
@@ -223,9 +221,10 @@ def main(arguments):
     model = Pipeline.load(folder, clip=flags.clip, t5=flags.t5).to(device)
     model.precision = precision_of(flags.precision, device, model.trained_in)
     choose_attention(model, flags.attention, device)
-    clips = model.transformer.config.temporal
-    out = prompt_lists.output_of(flags.out, into_folder, clips)
-    prompt_lists.note_unknown_words(prompts, model.config["words"])
+    clips, into_folder = model.transformer.config.temporal, flags.prompts and not flags.grid
+    prompt_lists.check_flags(flags, given, clips)
+    out = prompt_lists.output_of(flags.out, into_folder, clips, flags.fps)
+    prompt_lists.print_notes(prompts, model.config["words"], model.tokenizers)
 
     guidance = flags.lambda_t, flags.lambda_m, flags.rescale, interval
     options = flags.sampler, flags.steps, *guidance, flags.frames, size
@@ -237,20 +236,14 @@ def main(arguments):
             yield from model.generate(prompts, seeds, *options)
 
     samples = [(prompt, flags.seed + k) for prompt in prompts for k in range(flags.per_prompt)]
-    kind = "clip" if clips else "picture"
-    source = f"from {folder}, {model.precision} products"
+    *frames, _, h, w = model.latent_shape(flags.frames, size)
+    shape = (*frames, 3, h * model.autoencoder.factor, w * model.autoencoder.factor)
+    count = f"{len(samples)} {'clip' if clips else 'picture'}{'s' * (len(samples) > 1)}"
     if into_folder:
-        new = prompt_lists.write_folder(draw, samples, out, clips, flags.fps)
-        print(f"{new} new of {len(samples)} {kind}s {source} → {out}")
-        return
-    done = torch.stack(list(draw(samples)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if clips:
-        figures.animation(done, prompts, flags.fps, out, flags.zoom)
-        figures.sheet(done, prompts).save(out.with_suffix(".png"))
+        count = f"{prompt_lists.write_folder(draw, samples, out, shape, flags.fps)} new of {count}"
     else:
-        figures.grid(done, prompts, min(len(done), 6), flags.zoom).save(out)
-    print(f"{len(done)} {kind}{'s' * (len(done) > 1)} {source} → {out}")
+        prompt_lists.write_grid(draw, samples, out, shape, flags.fps, flags.zoom)
+    print(f"{count} from {folder}, {model.precision} products → {out}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Letters: B batch, F frames, K frames seen by a step, C latent channels, x0 clean
 """
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -218,7 +219,7 @@ def train_image(flags):
     preview = lambda: figures.grid(model.generate(prompts), prompts)
     save = lambda state: model.save(f"{flags.out}/model.safetensors", state)
     fit(flags, model, hashes, read, batch_loss, preview, save)
-    print(f'image model → {flags.out}. Now: python sample.py --checkpoint {flags.out} "{prompts[0]}"')
+    print(f"image model → {flags.out}. Now: {hint(flags.out, prompts[0])}")
 
 
 def train_video(flags):
@@ -265,7 +266,11 @@ def train_video(flags):
     preview = lambda: figures.sheet(model.generate(prompts), prompts)
     save = lambda state: model.save(f"{flags.out}/model.safetensors", state)
     fit(flags, model, hashes, read, batch_loss, preview, save)
-    print(f'video model → {flags.out}. Now: python sample.py --checkpoint {flags.out} "{prompts[0]}"')
+    print(f"video model → {flags.out}. Now: {hint(flags.out, prompts[0])}")
+
+
+def hint(out, prompt):
+    return f"python sample.py --checkpoint {shlex.quote(out)} {shlex.quote(prompt)}"
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -1,21 +1,35 @@
 """Files: written whole or not at all; what was left out of a folder; the format of models; the newest run."""
 import contextlib
+import fcntl
 import os
 import uuid
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_whole(path):
+def written_whole(path, parts=None, keep=True):
     """with written_whole(path) as part: … writes the file `part`, which then takes the place of `path` in one
-    step. If anything fails it is removed, and what was at `path` before stays."""
+    step. If anything fails it is removed, and what was at `path` before stays. parts: the folder of `part`,
+    on the same file system; path's own by default. keep=False: a trial, which writes and removes it."""
     path = Path(path)
-    part = path.with_name(f".part-{uuid.uuid4().hex}-{path.name}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    part = Path(parts or path.parent) / f".part-{uuid.uuid4().hex}{path.suffix}"
+    with open(part, "xb") as lock:
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield part
+            if keep:
+                os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def remove_parts(folder):
+    """Removes the parts that killed processes have left in a folder. A living process has locked its own."""
+    for part in Path(folder).glob(".part-" + "[0-9a-f]" * 32 + "*"):
+        with contextlib.suppress(OSError), open(part, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def print_left_out(skipped, used, most=20):
@@ -35,7 +49,7 @@ def check_format(path, number):
     """ValueError, naming the file, unless this code reads the format `number` (None: a file without one)."""
     if number is None:
         raise ValueError(f"{path} was made by an earlier version of this code: train it again")
-    if int(number) > FORMAT:
+    if not str(number).isdecimal() or int(number) > FORMAT:
         raise ValueError(f"{path} has format {number}; this code reads up to {FORMAT}")
 
 

@@ -14,6 +14,8 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -109,9 +111,35 @@ def check(config, name):
         raise ValueError(f"--{dashed(name)} {value}: must be {wanted}")
 
 
-def run_command(main):
-    """Runs main(arguments) as a program. A user's mistake is one line on stderr, and status 1."""
+def run_command(main, stopped="stopped"):
+    """Runs main(arguments) as a program. A user's mistake is one line on stderr, and status 1. Ctrl-C or
+    SIGTERM: the line `stopped`, and status 130 or 143. A closed pipe (| head) ends it silently."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # in a locale without … or →
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    name, status = Path(sys.argv[0]).name, 0
     try:
         main(sys.argv[1:])
+    except SystemExit as end:
+        status = end.code
+    except KeyboardInterrupt as signalled:
+        print(f"{name}: {stopped}", file=sys.stderr)
+        number, *_ = *signalled.args, signal.SIGINT
+        status = 128 + number
+    except BrokenPipeError:
+        status = 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        status = f"{name}: {error}"
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:  # Python flushes again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if status:
+        sys.exit(status)
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt(number)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.files import written_whole
+from common.files import remove_parts, written_whole
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -43,6 +43,7 @@ def write(path, tensors, metadata=None):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
     try:
+        remove_parts(Path(path).parent)
         with written_whole(path) as part, open(part, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for blob in blobs:

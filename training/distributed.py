@@ -33,7 +33,7 @@ def rank():
 
 def world():
     """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def start(device):
