@@ -53,6 +53,11 @@ def check_format(path, number):
         raise ValueError(f"{path} has format {number}; this code reads up to {FORMAT}")
 
 
+def run_name(data):
+    """"shapes", or the folder that --data names → what its runs are called: photos/train → photos-train."""
+    return "-".join(part for part in Path(data).parts if part not in ("/", ".", "..")) or "data"
+
+
 def newest_run(stage="image"):
     """The folder of the run whose model was written last. ValueError if there is none."""
     models = Path("runs").glob(f"{stage}*/model.safetensors")

@@ -1,14 +1,19 @@
 """Training pictures with captions.
 
     shapes   pictures drawn here (shapes.py)
-    folder   any folder of pictures. The caption of NAME.jpg is in NAME.txt beside it, or captions.jsonl has
-             one line {"file": "NAME.jpg", "caption": "…"} for each picture.
+    folder   any folder of pictures, with the folders below it and those that links lead to. The caption of
+             NAME.jpg is in NAME.txt beside it, or captions.jsonl has one line {"file": "NAME.jpg",
+             "caption": "…"} for each picture.
 
 A data set has `captions`, a list of N strings; `pictures(indices)`, which gives (B, 3, S, S) uint8; `group`,
 the number of neighbours that training keeps together in a batch; and `skipped`, a list of (path, reason) for
-the files that were left out.
+the files that were left out. Every file is used or has its reason there. Files of unknown kinds share one for
+each extension; hidden files and texts, which may hold captions, need none.
 """
 import json
+import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +23,10 @@ from tqdm import tqdm
 
 from data.shapes import Shapes
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+NEED_MORE = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")  # Pillow alone can't read these it knows
+PICTURES = {suffix for suffix, kind in Image.registered_extensions().items()
+            if kind in Image.OPEN and kind not in NEED_MORE}
+TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".xml", ".yaml", ".yml")
 
 
 def fitted(image, size):
@@ -42,6 +50,8 @@ def open_picture(file, size):
                 raise ValueError(f"{width}×{height} pixels: too large, or too long and narrow")
             image.draft("RGB", (2 * size, 2 * size))  # a JPEG is then decoded at a lower resolution
             image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, of an unknown range")
             if image.mode.startswith("I"):  # 16-bit grey
                 image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
             return fitted(image, size)
@@ -51,17 +61,70 @@ def open_picture(file, size):
         raise ValueError(f"not a whole picture ({error})") from None
 
 
+def natural(path):
+    """A sort key: 2.png comes before 10.png."""
+    parts = re.split(r"(\d+)", str(path))
+    return [int(part) if part.isdecimal() else part for part in parts], str(path)
+
+
+def is_data(name):
+    """Whether a file or folder of this name is the user's, not hidden or put there by a desktop."""
+    return not name.startswith(".") and name not in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def is_text(path):
+    return path.suffix.lower() in TEXTS or path.stem.upper() in ("README", "LICENSE", "COPYING")
+
+
+def printable(text):
+    """A name or a reason as text that can be printed: a file name may hold bytes that are not UTF-8."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def by_extension(folder, paths, reason):
+    """One (folder, reason) for each extension that the paths have: "3 .psd files: …"."""
+    counts = Counter(printable(path.suffix.lower()) or "extensionless" for path in paths)
+    return [(printable(folder), f"{count} {suffix} file{'s' * (count > 1)}: {reason}")
+            for suffix, count in sorted(counts.items())]
+
+
+def files_below(folder):
+    """The files in a folder and in those below it, in natural order, and a list of (path, reason) for folders
+    that cannot be opened. Links are followed, and no folder is read twice."""
+    files, problems, seen = [], [], {os.path.realpath(folder)}
+
+    def note(error):
+        problems.append((Path(printable(error.filename)), f"cannot be opened ({error.strerror})"))
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=note):
+        below = [Path(root, name) for name in folders if is_data(name)]
+        folders.clear()
+        for path in sorted(below, key=lambda path: (path.is_symlink(), path)):
+            if os.path.realpath(path) not in seen:
+                seen.add(os.path.realpath(path))
+                folders.append(path.name)
+        files += [Path(root, name) for name in names if is_data(name)]
+    return sorted(files, key=natural), problems
+
+
 def read_captions(folder, candidates):
-    """Yields (path, caption, problem) for each line of captions.jsonl. Without this file: for each candidate
-    path, with the caption from the .txt beside it. Either caption or problem is None."""
-    listing = folder / "captions.jsonl"
+    """Yields (path, caption, problem) for each line of captions.jsonl, and for the candidate paths that it
+    lacks. Without this file: for each candidate, with the caption from the .txt beside it. The caption is as
+    it was read, or there is a problem."""
+    listing, listed = folder / "captions.jsonl", set()
     if listing.exists():
         for number, line in enumerate(listing.read_bytes().splitlines(), 1):
             try:
                 entry = json.loads(line)
-                yield folder / entry["file"], str(entry["caption"]), None
-            except (ValueError, KeyError, TypeError) as error:
+                path, caption = folder / entry["file"], entry["caption"]
+                named = Path(os.path.abspath(path))
+                listed.update((named, *named.parents))  # a clip's folder too
+                yield path, caption, None
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 yield f"{listing}, line {number}", None, f'not {{"file": …, "caption": …}} in UTF-8 ({error})'
+        for path in candidates:
+            if Path(os.path.abspath(path)) not in listed:
+                yield path, None, f"{listing.name} has no line for it"
         return
     for path in candidates:
         text = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
@@ -71,30 +134,43 @@ def read_captions(folder, candidates):
             yield path, None, f"no caption: {text.name} is missing"
         except UnicodeDecodeError:
             yield path, None, f"{text.name} is not UTF-8"
+        except OSError as error:
+            yield path, None, f"{text.name} cannot be read ({error.strerror})"
 
 
 def tidy(caption):
-    """A caption, its words one space apart. ValueError if it has none."""
-    if not caption.split():
+    """A caption, its words one space apart, without a byte-order mark. ValueError unless it is a text (null
+    or a number is none) with a word in it."""
+    if not isinstance(caption, str):
+        raise ValueError(f"the caption is not a text but {json.dumps(caption)[:40]}")
+    words = caption.replace("\ufeff", "").split()
+    if not words:
         raise ValueError("the caption is empty")
-    return " ".join(caption.split())
+    try:
+        return " ".join(words).encode().decode()  # JSON can escape half a character
+    except UnicodeError:
+        raise ValueError("the caption is not UTF-8") from None
 
 
-def read_folder(folder, candidates, read, flag, what):
-    """Reads a folder of pictures or clips. Returns N captions, the N results of read(path), and `skipped`: a
-    list of (path, reason) for those without a caption or where read raised ValueError. ValueError if the
+def read_folder(folder, entries, suffixes, read, flag, what):
+    """Reads a folder of pictures or clips. entries: the paths to look at; of them, folders and files with one
+    of the suffixes are read. Returns N captions, the N results of read(path), and `skipped`: a list of (path,
+    reason) for those of other kinds, without a caption, or where read raised ValueError. ValueError if the
     folder is missing or nothing in it can be used; flag ("--data") and what ("picture") word its message."""
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder}: there is no such folder (or use {flag} shapes)")
-    found, skipped = [], []
-    entries = list(read_captions(folder, candidates))
-    for path, caption, problem in tqdm(entries, desc=f"reading {folder}", disable=None, leave=False):
+    candidates = [path for path in entries if path.suffix.lower() in suffixes or path.is_dir()]
+    captioned = list(read_captions(folder, candidates))
+    unknown = set(entries).difference(candidates, (path for path, _, _ in captioned))
+    unknown = [path for path in unknown if not is_text(path)]
+    found, skipped = [], by_extension(folder, unknown, f"no kind of {what} that can be read")
+    for path, caption, problem in tqdm(captioned, desc=f"reading {folder}", disable=None, leave=False):
         try:
             if problem:
                 raise ValueError(problem)
             found.append((tidy(caption), read(path)))
         except ValueError as reason:
-            skipped.append((path, str(reason)))
+            skipped.append((Path(printable(path)), printable(reason)))
     if not found:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped[:5])
         raise ValueError(
@@ -107,8 +183,9 @@ def read_folder(folder, candidates, read, flag, what):
 
 def read_pictures(folder, read, flag="--data"):
     """read_folder for the pictures in a folder and in those below it."""
-    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES)
-    return read_folder(folder, files, read, flag, "picture (png, jpg, webp)")
+    files, problems = files_below(folder)
+    captions, results, skipped = read_folder(folder, files, PICTURES, read, flag, "picture")
+    return captions, results, problems + skipped
 
 
 class Folder:

@@ -8,7 +8,8 @@ folder of shards of n samples, whose arrays are memory-mapped:
     00000.moments.npy      (n, flips, 2, C, h, w) fp16: raw mean and log-variance of picture and mirror image
     00000.t5.npy           (sum of L, E) bf16, viewed as int16: the vectors of all tokens, without padding
     00000.t5.offsets.npy   (n + 1,) int64: caption i has the rows from offsets[i] to offsets[i + 1]
-    00000.captions.jsonl   file and caption of each sample, or why it was left out; written last of a shard
+    00000.captions.jsonl   file and caption of each sample, or why it was left out, and the file's size and
+                           time, so that a changed picture is encoded again; written last of a shard
     cache.json             counts, shapes, flags and fingerprints; written last of all
 
 In fp16 a latent is off by at most |raw| / 2048 / scale. At 256×256 a sample takes 32 KiB with both flips, and
@@ -30,10 +31,10 @@ import torch
 from tqdm import tqdm
 
 from common.figures import from_bytes
-from common.files import print_left_out, written_whole
+from common.files import print_left_out, remove_parts, run_name, written_whole
 from common.flags import SEEDS, flag, read, run_command
 from common.hardware import device_of
-from data.folder import Folder, open_picture, read_pictures
+from data.folder import Folder, open_picture, printable, read_pictures
 from data.shapes import Shapes, draw
 from encoders import autoencoders
 from encoders.padding import padded
@@ -85,6 +86,20 @@ def samples_of(data, size, seed):
     return names, captions, lambda name: open_picture(folder / name, size), skipped, Folder.group
 
 
+def stamps_of(data, names):
+    """For each name: the size and time of the picture's file, by which a change is seen. None for shapes, and
+    for a file that is missing."""
+    if data == "shapes":
+        return [None] * len(names)
+    paths = [Path(data, name) for name in names]
+    stats = [path.stat() if path.exists() else None for path in paths]
+    return [stat and [stat.st_size, stat.st_mtime_ns] for stat in stats]
+
+
+def hash_of(value):
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
 def put(path, content):
     """Writes an array as .npy, or a text."""
     with written_whole(path) as part, open(part, "wb") as file:
@@ -95,7 +110,8 @@ def put(path, content):
 
 
 def read_lines(stem, settings):
-    """A shard's captions, and what it left out as (name, reason). ValueError, naming the file, if cut."""
+    """A shard's captions, what it left out as (name, reason), and the stamps of its files. ValueError, naming
+    the file, if cut."""
     path = Path(f"{stem}.captions.jsonl")
     try:
         lines = [json.loads(text) for text in path.read_bytes().splitlines()]
@@ -103,8 +119,9 @@ def read_lines(stem, settings):
         lines = []
     if len(lines) != min(settings["per_shard"], settings["files"] - int(stem.name) * settings["per_shard"]):
         raise ValueError(f"{path} is missing or was cut short: encode again to mend it")
-    skipped = [(line["file"], line["skipped"]) for line in lines if "skipped" in line]
-    return [line["caption"] for line in lines if "caption" in line], skipped
+    skipped = [(printable(line["file"]), printable(line["skipped"])) for line in lines if "skipped" in line]
+    captions = [line["caption"] for line in lines if "caption" in line]
+    return captions, skipped, [line.get("stamp") for line in lines]
 
 
 def open_array(path, *shape):
@@ -140,20 +157,21 @@ def moments_of(autoencoder, pictures, mirror):
 
 
 @torch.no_grad()
-def write_shard(stem, names, captions, open_sample, autoencoder, encoders, mirror, batch_size, bar):
-    """Encodes samples and writes their files. encoders: {name: (tokenizer, encoder)}. open_sample: from a
-    name to a picture; where it raises ValueError, the reason is written."""
+def write_shard(stem, samples, open_sample, autoencoder, encoders, mirror, batch_size, bar):
+    """Encodes samples, a list of (name, caption, stamp), and writes their files. encoders: {name: (tokenizer,
+    encoder)}. open_sample: from a name to a picture; where it raises ValueError, the reason is written."""
 
-    def attempt(name, caption):
+    def attempt(sample):
+        name, caption, stamp = sample
         try:
-            return dict(file=name, caption=caption), open_sample(name)
+            return dict(file=name, caption=caption, stamp=stamp), open_sample(name)
         except ValueError as reason:
-            return dict(file=name, skipped=str(reason)), None
+            return dict(file=name, skipped=str(reason), stamp=stamp), None
 
     entries, arrays, device = [], defaultdict(list), autoencoder.shift.device
     with ThreadPoolExecutor() as pool:
-        for i in range(0, len(names), batch_size):
-            opened = list(pool.map(attempt, names[i : i + batch_size], captions[i : i + batch_size]))
+        for i in range(0, len(samples), batch_size):
+            opened = list(pool.map(attempt, samples[i : i + batch_size]))
             entries += [entry for entry, _ in opened]
             kept = [(entry["caption"], picture) for entry, picture in opened if picture is not None]
             if kept:
@@ -190,7 +208,7 @@ def encode(flags):
     """Writes the cache that the flags ask for, or what it lacks. ValueError if the flags do not fit together,
     or a folder is not what it should be."""
     folder, device, size = Path(flags.out), device_of(flags.device), flags.image_size
-    default = f"runs/autoencoder-{Path(flags.data).name or 'data'}"
+    default = f"runs/autoencoder-{run_name(flags.data)}"
     autoencoder = autoencoders.load(flags.autoencoder or default).to(device)
     multiple = math.lcm(16, autoencoder.factor)
     if size < 1 or size % multiple:
@@ -203,37 +221,41 @@ def encode(flags):
         text[name] = dict(width=encoder.config.width, fingerprint=fingerprint(encoder, tokenizer))
     mirror = flags.mirror == "true" or (flags.mirror == "auto" and flags.data != "shapes")
     side = size // autoencoder.factor
-    digest = hashlib.blake2b(json.dumps([names, captions]).encode(), digest_size=16)
     settings = dict(
-        data=digest.hexdigest(), files=len(names), image_size=size, mirror=mirror, group=group, text=text,
-        per_shard=flags.per_shard, autoencoder=fingerprint(autoencoder), scale=autoencoder.scale.item(),
-        shift=autoencoder.shift.tolist(), shape=[autoencoder.config.channels, side, side],
+        data=hash_of([names, captions]), files=len(names), image_size=size, mirror=mirror, group=group,
+        text=text, per_shard=flags.per_shard, autoencoder=fingerprint(autoencoder),
+        scale=autoencoder.scale.item(), shift=autoencoder.shift.tolist(),
+        shape=[autoencoder.config.channels, side, side],
     )
     check_folder(folder, settings)
     latents = len(names) * (1 + mirror) * 2 * math.prod(settings["shape"]) * 2  # in bytes
     print(f"{folder}: {len(names)} pictures, whose latents take {latents / 2**30:.3f} GiB")
     folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob(".part-*"):  # of a process that was killed
-        part.unlink()
+    remove_parts(folder)  # of processes that were killed
     put(folder / "cache.json", json.dumps(settings))  # without counts it is not finished
-    counts = []
+    counts, stamps = [], stamps_of(flags.data, names)
+    samples = list(zip(names, captions, stamps))
     with tqdm(total=len(names), desc="encoding", unit="picture", disable=None) as bar:
         for k, first in enumerate(range(0, len(names), flags.per_shard)):
             stem, part = folder / f"{k:05d}", slice(first, first + flags.per_shard)
             try:
-                open_shard(stem, len(read_lines(stem, settings)[0]), settings)
-                bar.update(len(names[part]))
+                kept, _, encoded = read_lines(stem, settings)
+                open_shard(stem, len(kept), settings)
+                if encoded != stamps[part]:
+                    raise ValueError(f"{stem}: a picture was changed since")
+                bar.update(len(samples[part]))
             except ValueError:
-                write_shard(stem, names[part], captions[part], open_sample, autoencoder, encoders, mirror,
-                            flags.batch_size, bar)
-            kept, left_out = read_lines(stem, settings)
+                batch_size = flags.batch_size
+                write_shard(stem, samples[part], open_sample, autoencoder, encoders, mirror, batch_size, bar)
+            kept, left_out, _ = read_lines(stem, settings)
             counts.append(len(kept))
             skipped += left_out
     print_left_out(skipped, sum(counts))
     if not any(counts):
-        raise ValueError(f"--data {flags.data}: no usable picture (png, jpg, webp)")
+        raise ValueError(f"--data {flags.data}: no usable picture")
     given = {name: value for name, value in vars(flags).items() if name != "out"}
-    put(folder / "cache.json", json.dumps(settings | dict(samples=sum(counts), counts=counts, flags=given)))
+    found = dict(samples=sum(counts), counts=counts, stamps=hash_of(stamps), flags=given)
+    put(folder / "cache.json", json.dumps(settings | found))
     print(f"{sum(counts)} pictures of {size}×{size} → {folder}")
 
 
@@ -286,9 +308,10 @@ class LatentCache:
         return padded(texts)
 
 
-def check(cache, image_size, autoencoder, encoders):
+def check(cache, image_size, autoencoder, encoders, data=None):
     """ValueError, naming the cache and what differs, unless it was made for this image size by this
-    autoencoder, and holds text of these encoders, {name: (tokenizer, encoder)}."""
+    autoencoder, of what --data names, and holds text of these encoders, {name: (tokenizer, encoder)}. Of data
+    only names and captions are compared, and no picture is opened; None: not at all."""
     settings, size = cache.settings, cache.settings["image_size"]
     if size != image_size:
         raise ValueError(f"{cache.folder} holds pictures of {size} pixels each way, not {image_size}")
@@ -299,10 +322,16 @@ def check(cache, image_size, autoencoder, encoders):
             raise ValueError(f"{cache.folder} holds no text of {name}: encode with --text --{name} DIR")
         if made_by[name] != fingerprint(module, tokenizer):
             raise ValueError(f"{cache.folder} was made with another {name}: give that one, or encode again")
+    if data is None:
+        return
+    names, captions, *_ = samples_of(data, size, settings["flags"]["seed"])
+    if hash_of([names, captions]) != settings["data"]:
+        raise ValueError(f"--data {data}: {cache.folder} was made of other names or captions: "
+                         f"give {settings['flags']['data']}, or encode again to another --out")
 
 
 def main(arguments):
-    about = "Encodes pictures and captions once, for training with --cache. Repeat it if it was stopped."
+    about = "Encodes pictures and captions once, for --cache. Repeat it if stopped, or if pictures changed."
     flags, _, _ = read(Flags, arguments, "python -m data.latent_cache", about)
     if not flags.out:
         raise ValueError("--out CACHE: say where it is to be")

@@ -6,7 +6,6 @@ import os
 import re
 import stat
 import sys
-import textwrap
 import unicodedata
 from pathlib import Path
 

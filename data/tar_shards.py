@@ -14,7 +14,9 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,23 +27,26 @@ from tqdm import tqdm
 
 from common.files import print_left_out, written_whole
 from common.flags import flag, read, run_command
-from data.folder import PICTURES, open_picture, read_pictures, tidy
+from data.folder import (
+    PICTURES, by_extension, files_below, is_data, is_text, natural, open_picture, printable, read_pictures,
+    tidy,
+)
 
 WINDOW = 8  # shards whose samples are shuffled together
-INDEX_VERSION = 2  # an index of another version is made again
+INDEX_VERSION = 3  # an index of another version is made again
+UNKNOWN = "no kind of picture or caption"
 
 
 def caption_of(raw, is_json):
     """The bytes of a .txt or .json file → its caption. ValueError if it is empty or not UTF-8."""
     try:
-        text = raw.decode()
-        if is_json:
-            text = json.loads(text)["caption"].encode().decode()  # JSON can escape half a character
+        text = raw.decode("utf-8-sig")
+        caption = json.loads(text)["caption"] if is_json else text
     except UnicodeError:
         raise ValueError("the caption is not UTF-8") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError('the .json is not {"caption": "…"}') from None
-    return tidy(text)
+    return tidy(caption)
 
 
 def headers(file):
@@ -79,7 +84,11 @@ def members_of(file):
                 skipped.append((member.name, "not a plain file (a link, a device, …)"))
             elif name.is_absolute() or ".." in name.parts or any(c < " " for c in member.name):
                 skipped.append((member.name, "its name is absolute, or has .. or control characters"))
-            elif stem and part in ("picture", ".txt", ".json"):
+            elif not all(map(is_data, name.parts)):
+                continue
+            elif part not in ("picture", ".txt", ".json"):
+                skipped.append((member.name, UNKNOWN))
+            else:
                 parts = members.setdefault(str(name.parent / stem), {})
                 if part in parts:
                     skipped.append((member.name, "its key has such a file already, which is used"))
@@ -99,7 +108,7 @@ def scan(path):
         for key, parts in members.items():
             try:
                 if "picture" not in parts:
-                    raise ValueError(f"no picture ({', '.join(PICTURES)})")
+                    raise ValueError("no picture")
                 if len(parts) == 1:
                     raise ValueError("no caption: neither .txt nor .json")
                 is_json = ".txt" not in parts
@@ -117,7 +126,7 @@ def index_of(path):
     """scan(path), from the file NAME.tar.index if that is sound and the tar's size and time fit; else anew,
     writing the file if possible. Returns rows, and keys and skipped as one compact JSON."""
     stat, index = path.stat(), Path(f"{path}.index")
-    stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns])
+    stamp = np.array([INDEX_VERSION, len(PICTURES), stat.st_size, stat.st_mtime_ns])
     try:
         with np.load(index, allow_pickle=False) as saved:  # a zip, with checksums
             if np.array_equal(saved["stamp"], stamp):
@@ -141,18 +150,29 @@ class TarShards:
 
     def __init__(self, folder, size=64):
         self.size = size
-        self.paths = sorted(Path(folder).glob("[!.]*.tar"))
+        self.paths = sorted(Path(folder).glob("[!.]*.tar"), key=natural)
         bar = tqdm(self.paths, desc=f"reading {folder}", disable=None, leave=False)
         rows, self.texts = zip(*map(index_of, bar))
         self.rows = np.concatenate(rows)  # (N, 5)
         self.starts = np.cumsum([0, *map(len, rows)])  # shard s has the samples starts[s] … starts[s + 1] - 1
-        self.skipped, self.bad = [], {}
-        for path, text in zip(self.paths, self.texts):
-            for name, reason in json.loads(text)["skipped"]:
-                self.skipped.append((f"{path}: {name}" if name else str(path), reason))
+        self.skipped, self.bad = self.left_out(Path(folder)), {}
         if not len(self.rows):
             reasons = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped[:5])
             raise ValueError(f"--data {folder}: no usable sample, a picture and its .txt{reasons}")
+
+    def left_out(self, folder):
+        """A list of (path, reason) for what is not used, of the shards and beside them."""
+        unknown, found = [], []
+        for path, text in zip(self.paths, self.texts):
+            for name, reason in json.loads(text)["skipped"]:
+                if reason == UNKNOWN:
+                    unknown.append(PurePosixPath(name))
+                else:
+                    found.append((printable(f"{path}: {name}" if name else path), reason))
+        read = {*self.paths, *(Path(f"{path}.index") for path in self.paths)}
+        beside = [path for path in files_below(folder)[0] if path not in read and not is_text(path)]
+        beside = by_extension(folder, beside, "beside the .tar files of this folder, and not read")
+        return by_extension(folder, unknown, UNKNOWN) + beside + found
 
     def __len__(self):
         return len(self.rows)
@@ -216,18 +236,27 @@ def read_ahead(dataset, batches, workers):
 
 def write_shards(folder, pictures, captions, per_shard=1000):
     """Packs picture files, unchanged, and their captions into folder/00000.tar, … Keys are numbers, for names
-    may have dots, or differ in the extension alone. ValueError if the folder has tars already."""
+    may have dots, or differ in the extension alone. The tars get their names when all are written: there are
+    none if anything fails. ValueError if the folder has tars already."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("[!.]*.tar")):
         raise ValueError(f"{folder}: has .tar files already")
-    for first in tqdm(range(0, len(pictures), per_shard), desc="packing", disable=None, leave=False):
-        with written_whole(folder / f"{first // per_shard:05d}.tar") as part, tarfile.open(part, "w") as tar:
-            for i in range(first, min(first + per_shard, len(pictures))):
-                files = {pictures[i].suffix.lower(): pictures[i].read_bytes(), ".txt": captions[i].encode()}
-                for suffix, raw in files.items():
-                    member = tarfile.TarInfo(f"{i:08d}{suffix}")
-                    member.size = len(raw)
-                    tar.addfile(member, io.BytesIO(raw))
+    parts = folder / ".packing"
+    shutil.rmtree(parts, ignore_errors=True)  # of a process that was killed
+    parts.mkdir()
+    try:
+        for first in tqdm(range(0, len(pictures), per_shard), desc="packing", disable=None, leave=False):
+            with tarfile.open(parts / f"{first // per_shard:05d}.tar", "w") as tar:
+                for i in range(first, min(first + per_shard, len(pictures))):
+                    picture, caption = pictures[i].read_bytes(), captions[i].encode()
+                    for suffix, raw in ((pictures[i].suffix.lower(), picture), (".txt", caption)):
+                        member = tarfile.TarInfo(f"{i:08d}{suffix}")
+                        member.size = len(raw)
+                        tar.addfile(member, io.BytesIO(raw))
+        for tar in parts.iterdir():
+            tar.rename(folder / tar.name)
+    finally:
+        shutil.rmtree(parts)
 
 
 @dataclass
@@ -246,12 +275,16 @@ def main(arguments):
 
     def checked(path):
         if path.suffix.lower() not in PICTURES:
-            raise ValueError(f"not one of {', '.join(PICTURES)}")
+            raise ValueError(f"its extension {path.suffix!r} is of no kind of picture")
         open_picture(path, 64)
         return path
 
-    captions, pictures, skipped = read_pictures(folder, checked, "folder")
-    write_shards(out, pictures, captions, flags.per_shard)
+    try:
+        captions, pictures, skipped = read_pictures(folder, checked, "folder")
+        write_shards(out, pictures, captions, flags.per_shard)
+    except KeyboardInterrupt:
+        print(f"\nstopped: nothing is packed in {out}")
+        sys.exit(130)
     print(f"{len(pictures)} pictures with captions → {out}")
     print_left_out(skipped, len(pictures))
 

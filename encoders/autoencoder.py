@@ -99,7 +99,7 @@ class Autoencoder(nn.Module):
         mean = patches.mean(0)  # (192,)
         U, S, _ = torch.linalg.svd((patches - mean).T.cov())
         components = U[:, :C].T  # (C, 192)
-        std = S[:C].mean().sqrt()
+        std = S[:C].mean().sqrt().clamp(min=1e-2)  # 0 if all patches are alike
         self.linear_in[1].weight.copy_((components / std)[..., None, None])
         self.linear_in[1].bias.copy_(-components @ mean / std)
         self.linear_out[0].weight.copy_((components * std).T[..., None, None])

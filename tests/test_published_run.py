@@ -62,14 +62,15 @@ def test_encoders_that_moved_are_found_by_a_flag(folders, tmp_path):
         Pipeline.load(run)
     assert torch.equal(Pipeline.load(run, t5=str(moved)).generate(CAPTIONS[:1], steps=2), before)
     with pytest.raises(ValueError, match="of type 't5', not clip_text_model or clip"):
-        train.main(["image", *flags(root), "--clip", str(moved), "--out", str(run)])
+        train.main(["image", *flags(root), "--clip", str(moved), "--out", str(tmp_path / "other")])
 
 
 def test_a_second_stage_on_larger_pictures(folders, tmp_path, capsys):
     """--init RUN --image-size: the same weights, with positions for the wider grid."""
     small, large = tmp_path / "small", tmp_path / "large"
     train.main(["image", *flags(folders, "clip"), "--out", str(small)])
-    train.main(["image", *flags(folders), "--init", str(small), "--image-size", "64", "--lr", "0", "--out", str(large)])
+    data = ["--data", str(folders / "data"), *FLAGS]
+    train.main(["image", *data, "--init", str(small), "--image-size", "64", "--lr", "0", "--out", str(large)])
     first, second = Pipeline.load(small), Pipeline.load(large)
     assert second.generate(CAPTIONS[:1], steps=2).shape == (1, 3, 64, 64) and second.config["published"] == first.config["published"]
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))

@@ -18,8 +18,9 @@ import sample
 from data import shapes
 import train
 from encoders import weights
-from dit import GenTron
-from training.optimizers import Muon, learning_rate, orthogonalise
+from dit import SIZES, GenTron
+from training import recipes
+from training.optimizers import Muon, learning_rate, make_optimizers, orthogonalise
 from sample import Pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -254,7 +255,7 @@ def test_the_mask_and_the_captions_are_dropped_independently(folder, clip_folder
 def test_what_a_run_starts_from_must_fit(folder, clip_folder, tmp_path, monkeypatch):
     image(folder, tmp_path / "image")
     with pytest.raises(ValueError, match="--size S: the model in .*image is of size mini"):
-        image(folder, tmp_path / "more", "--init", str(tmp_path / "image"), "--size", "S")
+        run("image", folder, tmp_path / "more", *TINY, "--init", str(tmp_path / "image"), "--size", "S")
     video(folder, clip_folder, tmp_path / "video")
     with pytest.raises(ValueError, match="--init .*video: is a video model"):
         video(folder, clip_folder, tmp_path / "more", "--init", str(tmp_path / "video"))
@@ -315,6 +316,27 @@ def test_every_objective_trains(folder, tmp_path):
     ):
         image(folder, tmp_path, *flags, "--overwrite")
         assert Pipeline.load(tmp_path).generate(["a star"], steps=2, sampler="ddpm").shape == (1, 3, 32, 32)
+
+
+def test_the_papers_sizes_take_dits_recipe():
+    """As DiT's train.py has it: AdamW(lr=1e-4, weight_decay=0) with torch's betas, no clipping, learned sigma, EMA 0.9999."""
+    flags = recipes.read_flags("image", ["--size", "XL/2"], SIZES)
+    adamw = make_optimizers(torch.nn.Linear(2, 2), flags.optimizer, flags.lr, flags.beta2, flags.weight_decay, torch.float32)[0]
+    theirs = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-4, weight_decay=0).defaults
+    assert [adamw.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")] == [
+        theirs[key] for key in ("lr", "betas", "eps", "weight_decay")
+    ]
+    assert flags.learned_variance and flags.max_norm == 0 and flags.ema == 0.9999 and flags.warmup == flags.cooldown == 0
+    assert recipes.read_flags("image", [], SIZES).beta2 == 0.99
+
+
+def test_without_a_longest_gradient_none_is_shortened(folder, tmp_path):
+    flags = "--optimizer", "adamw", "--lr", "1e-3", "--precision", "fp32", "--steps", "2"
+    for name, longest in (("none", "0"), ("far", "1e9"), ("near", "1e-9")):
+        image(folder, tmp_path / name, *flags, "--max-norm", longest)
+    none, far, near = (weights.read(tmp_path / name / "model.safetensors")[0] for name in ("none", "far", "near"))
+    assert all(torch.equal(none[key], far[key]) for key in none)
+    assert not all(torch.equal(none[key], near[key]) for key in none)
 
 
 def test_the_learning_rate_rises_stays_and_falls():

@@ -147,7 +147,7 @@ def reader_of(flags, model, dataset):
         published = model.config.get("published", {})
         if published.keys() <= dataset.settings["text"].keys():
             encoders = dict(zip(published, zip(model.tokenizers, model.text_encoders)))
-        latent_cache.check(dataset, flags.image_size, model.autoencoder, encoders)
+        latent_cache.check(dataset, flags.image_size, model.autoencoder, encoders, flags.data)
         latents = dataset.read
         check_scale(latents(range(min(256, len(dataset)))))
     else:

@@ -4,8 +4,8 @@ The defaults of Flags are the laptop demo's. A size other than mini takes the va
 given.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
+from common.files import run_name
 from common.flags import SEEDS, check, dashed, flag, read
 from common.hardware import PRECISIONS, device_of
 
@@ -74,9 +74,9 @@ class Flags:
 
 
 # The paper's objective and optimizer (section 4); where it is silent, those of DiT's train.py: AdamW's betas
-# 0.9 and 0.999, no clipping, learned variance, an EMA of 0.9999. Two things differ. The EMA warms up
-# (optimizers.update_ema): DiT's starts as a copy of the first weights, which it keeps for 10,000 steps. And
-# at the first timestep the loss of the learned variance is simpler (diffusion.variance_loss).
+# 0.9 and 0.999, no clipping, learned variance, an EMA of 0.9999. Two things are ours. The EMA warms up
+# (optimizers.update_ema): DiT's begins at the first, random weights and takes 10,000 steps to forget them. And
+# the learned variance has a simpler loss at the first timestep (diffusion.variance_loss).
 PAPER = dict(
     image_size=256, optimizer="adamw", lr=1e-4, beta2=0.999, max_norm=0.0, warmup=0, cooldown=0.0, ema=0.9999,
     schedule="linear", target="noise", learned_variance=True, shift=1.0, qk_norm=False, batch_size=256,
@@ -137,11 +137,6 @@ def of_autoencoder(flags, sizes):
     same = ("data", "image_size", "seed", "device", "precision", "latent_channels")
     words = [word for name in same for word in (f"--{dashed(name)}", str(getattr(flags, name)))]
     return read_flags("autoencoder", [*words, "--out", flags.autoencoder], sizes)
-
-
-def run_name(data):
-    """"shapes", or the folder that --data names → what its runs are called: photos/train → photos-train."""
-    return "-".join(part for part in Path(data).parts if part not in ("/", ".", "..")) or "data"
 
 
 def check_together(stage, config, given):

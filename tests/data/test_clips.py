@@ -147,6 +147,104 @@ def test_films(tmp_path):
     assert length == 5 and left_edge(clip) == sorted(set(left_edge(clip)))
 
 
+def numbered(count, size=32):
+    """Frames whose grey is 8 times their number."""
+    return [Image.new("RGB", (size, size), (8 * i,) * 3) for i in range(count)]
+
+
+def shown(clip, length):
+    """Which of the numbered frames a clip consists of."""
+    return [round(frame.mean() / 8) for frame in clip[:length]]
+
+
+@pytest.mark.parametrize("duration, fps, expected", [
+    (50, 4, [0, 5, 10, 15]),  # 20 a second
+    (200, 4, [0, 1, 2, 3, 5, 6, 7, 8]),  # 5 a second: what shows at 0.25 s is the second frame
+    (0, 5, [0, 2, 4, 6, 8, 10, 12, 14]),  # no delay is 100 ms, as viewers have it
+    (10, 10, list(range(8))),  # and so is one too short to be meant
+    (20, 10, [0, 5, 10, 15]),
+])
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_a_clip_has_the_frames_that_show_at_its_times(tmp_path, kind, duration, fps, expected):
+    first, *others = numbered(20)
+    path = tmp_path / f"x.{kind}"
+    first.save(path, save_all=True, append_images=others, duration=duration, lossless=True)
+    assert shown(*clips.open_clip(path, 32, 8, fps)) == expected
+
+
+def test_an_animation_is_decoded_as_far_as_needed(tmp_path):
+    first, *others = numbered(20)
+    first.save(tmp_path / "x.gif", save_all=True, append_images=others, duration=100)
+    raw = (tmp_path / "x.gif").read_bytes()
+    (tmp_path / "x.gif").write_bytes(raw[: len(raw) // 2])  # the second half is missing
+    assert shown(*clips.open_clip(tmp_path / "x.gif", 32, 4, 10)) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="nothing moves in its first 0.05 seconds"):
+        clips.open_clip(tmp_path / "x.gif", 32, 2, 40)
+
+
+def test_a_picture_for_programs_that_cannot_play_is_no_frame(tmp_path):
+    white = Image.new("RGB", (32, 32), "white")
+    white.save(tmp_path / "x.png", save_all=True, append_images=numbered(4), default_image=True, duration=250)
+    assert shown(*clips.open_clip(tmp_path / "x.png", 32, 4, 4)) == [0, 1, 2, 3]
+
+
+def test_frames_in_a_folder_go_by_their_numbers(tmp_path):
+    for i, frame in enumerate(numbered(12), 1):
+        frame.save(tmp_path / f"{i}.{('png', 'bmp')[i % 2]}")
+    for name in ("._1.png", "Thumbs.db", "notes.txt"):
+        (tmp_path / name).write_bytes(b"?")
+    assert shown(*clips.open_clip(tmp_path, 32, 12, 4)) == list(range(12))
+    (tmp_path / "10.png").write_bytes(b"?")
+    with pytest.raises(ValueError, match="^10.png: not a whole picture"):
+        clips.open_clip(tmp_path, 32, 12, 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no frames in this folder"):
+        clips.open_clip(tmp_path / "empty", 32, 12, 4)
+
+
+def test_every_file_beside_the_clips_is_named(tmp_path):
+    for i in (10, 9):
+        save(tmp_path, f"{i}.gif", f"clip {i}")
+    (tmp_path / "train").mkdir()
+    for name in ("a.jpg", "b.jpg", "c.swf", "._9.gif", "README"):
+        (tmp_path / name).write_bytes(b"?")
+    found = clips.ClipFolder(tmp_path, 32, 8, 4)
+    assert found.captions == ["clip 9", "clip 10"]
+    assert [reason for _, reason in found.skipped] == [
+        "2 .jpg files: no kind of clip that can be read", "1 .swf file: no kind of clip that can be read",
+        "no caption: train.txt is missing",
+    ]
+
+
+def test_a_listing_may_name_clips_in_folders_below(tmp_path):
+    (tmp_path / "train").mkdir()
+    save(tmp_path / "train", "a.gif", caption=None)
+    save(tmp_path, "b.gif", caption=None)
+    (tmp_path / "captions.jsonl").write_text('{"file": "train/a.gif", "caption": "a clip"}')
+    found = clips.ClipFolder(tmp_path, 32, 8, 4)
+    assert found.captions == ["a clip"]
+    assert found.skipped == [(tmp_path / "b.gif", "captions.jsonl has no line for it")]
+
+
+def test_the_films_command_takes_what_shows_at_each_time(tmp_path):
+    words = clips.film_command(tmp_path / "a:b.mp4", 32, 8, 4)
+    assert "setpts=PTS-STARTPTS,fps=4:round=up," in words[words.index("-vf") + 1]
+    assert words[words.index("-i") + 1] == f"file:{tmp_path}/a:b.mp4"  # a colon is no protocol
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the program ffmpeg is not installed")
+@pytest.mark.parametrize("name, rate, expected", [
+    ("24.mp4", 24, [0, 6, 12, 18]), ("5.avi", 5, [0, 1, 2, 3, 5, 6, 7, 8]), ("30.ts", 30, [0, 7, 15, 22]),
+    ("24.mpg", 24, [0, 6, 12, 18]), ("10.flv", 10, [0, 2, 5, 7, 10, 12, 15, 17]),
+])
+def test_films_have_the_frames_that_show_at_their_times(tmp_path, name, rate, expected):
+    made = [np.asarray(frame).tobytes() for frame in numbered(30)[: rate if rate > 10 else 20]]
+    command = ["ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "32x32", "-r", str(rate),
+               "-i", "-", "-q:v", "1", "-pix_fmt", "yuv420p", tmp_path / name]
+    subprocess.run(command, input=b"".join(made), check=True)
+    assert shown(*clips.open_clip(tmp_path / name, 32, 8, 4)) == expected
+
+
 def test_nothing_usable(tmp_path):
     with pytest.raises(ValueError, match="there is no such folder"):
         clips.ClipFolder(tmp_path / "none")

@@ -1,6 +1,8 @@
 import hashlib
 import itertools
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,6 +181,111 @@ def test_one_listing_for_all(tmp_path):
     assert folder.captions == ["red"]
     names = [str(path).rsplit("/", 1)[-1] for path, _ in folder.skipped]
     assert names == ["captions.jsonl, line 2", "b.png", "captions.jsonl, line 4"]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path, listed):
+    captions = {"a": "\ufeffred", "b": "\ufeff \ufeff blue\r\n", "c": "\ufeff", "d": "green\ufeff"}
+    for name, caption in captions.items():
+        red().save(tmp_path / f"{name}.png")
+        if not listed:
+            (tmp_path / f"{name}.txt").write_text(caption, encoding="utf-8")
+    if listed:
+        lines = [json.dumps(dict(file=f"{name}.png", caption=caption)) for name, caption in captions.items()]
+        (tmp_path / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    folder = Folder(tmp_path, 16)
+    assert folder.captions == ["red", "blue", "green"]
+    assert [(path.name, reason) for path, reason in folder.skipped] == [("c.png", "the caption is empty")]
+
+
+def test_every_file_is_used_or_named(tmp_path):
+    """Kinds that Pillow reads, also through links, in natural order; the rest in a line for each extension."""
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (data / "in").mkdir(parents=True)
+    elsewhere.mkdir()
+    kinds = "jfif bmp gif tif avif ppm tga jp2 ico qoi jpe".split()
+    for i, kind in enumerate(kinds, 1):
+        save(data, f"{i}.{kind}", red(size=(32, 32)), f"number {i}")
+    save(elsewhere, "12.png", red(), "number 12")
+    (data / "away").symlink_to(elsewhere)
+    (data / "in" / "up").symlink_to(data)  # back up: no circle
+    (elsewhere / "self").symlink_to(elsewhere)
+    save(data, "13.gif", red(), "number 13", save_all=True, append_images=[Image.new("RGB", (40, 30))])
+    save(data, "14.tif", Image.fromarray(np.zeros((32, 32), np.float32)), "number 14")
+    for name in ("a.heic", "b.HEIC", "c.svg", "hash", "d.eps"):
+        (data / name).write_bytes(b"?")
+    for name in (".hidden.png", "._1.png", "Thumbs.db", "README.md", "LICENSE", "captions.csv"):
+        (data / name).write_bytes(b"?")
+    for name in ("__MACOSX", ".git"):
+        (data / name).mkdir()
+        red().save(data / name / "x.png")
+    folder = Folder(data, 16)
+    assert folder.captions == [f"number {i}" for i in (*range(1, 12), 13, 12)]
+    first = folder.pictures([11])[0].float().mean((1, 2))
+    assert first[0] > 220 and first[1] < 40  # of a picture that moves, its first frame
+    assert [(Path(path).name, reason) for path, reason in folder.skipped] == [
+        ("data", "1 .eps file: no kind of picture that can be read"),
+        ("data", "2 .heic files: no kind of picture that can be read"),
+        ("data", "1 .svg file: no kind of picture that can be read"),
+        ("data", "1 extensionless file: no kind of picture that can be read"),
+        ("14.tif", "its pixels are floating-point numbers, of an unknown range"),
+    ]
+
+
+def test_one_file_that_cannot_be_opened_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
+    save(tmp_path, "good.png", red())
+    red().save(tmp_path / "folder.png")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "broken.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "broken.txt").write_text("a link to nothing")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    folder = Folder(tmp_path, 16)
+    assert folder.captions == ["a thing"]
+    reasons = {path.name: reason for path, reason in folder.skipped}
+    assert reasons["closed"] == "cannot be opened (Permission denied)"
+    assert reasons["folder.png"] == "folder.txt cannot be read (Is a directory)"
+    assert "not a whole picture" in reasons["broken.png"] and len(reasons) == 3
+
+
+def test_captions_that_are_no_texts_and_pictures_that_the_listing_lacks_are_named(tmp_path):
+    values = ["null", "NaN", '["a", "b"]', "false", '{"en": "a"}', "3", '"\\ud83d"', '"red"']
+    for i in range(len(values) + 1):
+        red().save(tmp_path / f"{i}.png")
+    red().save(tmp_path / "raw.dat", "PNG")
+    (tmp_path / "in").mkdir()
+    lines = [f'{{"file": "./{i}.png", "caption": {value}}}' for i, value in enumerate(values)]
+    lines[-1] = lines[-1].replace("./", f"{tmp_path}/in/../")
+    lines += ['{"file": "raw.dat", "caption": "raw"}', "[" * 100_000]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    folder = Folder(tmp_path, 16)
+    assert folder.captions == ["red", "raw"]
+    found = [reason for _, reason in folder.skipped]
+    told = ["null", "NaN", '["a", "b"]', "false", '{"en": "a"}', "3"]
+    assert found[:6] == [f"the caption is not a text but {value}" for value in told]
+    assert found[6] == "the caption is not UTF-8" and found[7].startswith("not {")
+    assert found[8:] == ["captions.jsonl has no line for it"] and folder.skipped[8][0].name == "8.png"
+
+
+def test_file_names_that_are_not_utf8_are_used_and_can_be_printed(tmp_path):
+    for name in (b"caf\xe9", b"b\xffd", b"silent\xfe"):
+        red().save(os.fsdecode(bytes(tmp_path) + b"/" + name + b".png"))
+        if name != b"silent\xfe":
+            Path(os.fsdecode(bytes(tmp_path) + b"/" + name + b".txt")).write_text("a thing")
+    Path(os.fsdecode(bytes(tmp_path) + b"/b\xffd.png")).write_bytes(b"no picture")
+    Path(os.fsdecode(bytes(tmp_path) + b"/odd.k\xe9")).write_bytes(b"?")
+    folder = Folder(tmp_path, 16)
+    assert folder.captions == ["a thing"] and len(folder.skipped) == 3
+    said = "\n".join(f"{path}: {reason}" for path, reason in folder.skipped).encode().decode()
+    assert r"b\udcffd.png: not a whole" in said and r"silent\udcfe.txt is missing" in said
+    assert r"1 .k\udce9 file" in said
 
 
 def test_nothing_usable(tmp_path):

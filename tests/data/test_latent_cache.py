@@ -172,7 +172,7 @@ def test_an_interrupted_cache_goes_on_to_the_same_bytes(root, whole, tmp_path, m
     def stops(path, content):
         written.append(Path(path).name)
         if Path(path).name == "00001.t5.npy":
-            (out / ".part-1-00001.t5.npy").write_bytes(b"half")  # what a killed process leaves
+            (out / f".part-{'0' * 32}.npy").write_bytes(b"half")  # what a killed process leaves
             raise KeyboardInterrupt
         put(path, content)
 
@@ -321,6 +321,45 @@ def test_pictures_that_cannot_be_used_are_left_out_and_named(root, tmp_path, cap
         path.write_bytes(b"")
     one_line("no usable picture", encode, root, tmp_path / "none", "--per-shard", 3, "--data", pictures)
     one_line("there is no such folder", encode, root, tmp_path / "gone", "--data", tmp_path / "nowhere")
+
+
+def test_a_picture_that_was_changed_is_encoded_again_and_no_other_shard(root, tmp_path, monkeypatch):
+    """One mended, one replaced, one spoilt: the cache is that of a new one."""
+    pictures = Path(shutil.copytree(root / "data", tmp_path / "data"))
+    whole = (pictures / "0.png").read_bytes()
+    (pictures / "0.png").write_bytes(b"broken")
+    os.symlink(b"gone", bytes(pictures / "a") + b"\xff.png")  # a name that is not UTF-8, of a missing file
+    Path(os.fsdecode(bytes(pictures / "a") + b"\xff.txt")).write_text("a link")
+    out = encode(root, tmp_path / "cache", kind="mini", pictures=pictures)
+    assert LatentCache(out).settings["counts"] == [3, 4, 2]
+    before, written, put = LatentCache(out).settings, [], latent_cache.put
+    log = lambda path, content: (written.append(Path(path).name), put(path, content))
+    monkeypatch.setattr(latent_cache, "put", log)
+    (pictures / "0.png").write_bytes(whole)
+    (pictures / "8.png").write_bytes(whole)
+    (pictures / "9.png").write_bytes(b"")
+    encode(root, out, kind="mini", pictures=pictures)
+    assert {name[:5] for name in written} == {"00000", "00002", "cache"}
+    assert bytes_of(out) == bytes_of(encode(root, tmp_path / "new", kind="mini", pictures=pictures))
+    assert LatentCache(out).settings != before  # so that --resume finds other data
+    assert LatentCache(out).settings["counts"] == [4, 4, 1]
+
+
+def test_a_cache_of_other_pictures_than_those_of_data_is_refused(root, whole, tmp_path):
+    cache, autoencoder = LatentCache(whole), autoencoders.load(root / "vae")
+    moved = Path(shutil.copytree(root / "data", tmp_path / "moved"))
+    check(cache, 32, autoencoder, {}, root / "data")
+    check(cache, 32, autoencoder, {}, str(moved))  # the same names and captions elsewhere
+    refused = lambda data: one_line(f"--data {data}: .*was made of other names", check, cache, 32, autoencoder, {}, data)
+    refused("shapes")
+    (moved / "3.txt").write_text("another caption")
+    refused(str(moved))
+    (moved / "3.txt").write_text((root / "data" / "3.txt").read_text())
+    check(cache, 32, autoencoder, {}, str(moved))
+    for suffix in ("png", "txt"):
+        (moved / f"3.{suffix}").rename(moved / f"33.{suffix}")
+    refused(str(moved))
+    one_line("--data gone: there is no such folder", check, cache, 32, autoencoder, {}, "gone")
 
 
 def test_latents_that_are_not_numbers_are_said(root, tmp_path):

@@ -168,14 +168,15 @@ def test_the_index_says_what_tarfile_reads(tmp_path, kind):
 @pytest.mark.skipif(shutil.which("tar") is None, reason="the program tar is not installed")
 @pytest.mark.parametrize("kind", ["v7", "ustar", "gnu", "pax"])
 def test_tars_of_the_program_tar(tmp_path, kind):
-    source = tmp_path / "source"
+    source, shards = tmp_path / "source", tmp_path / "shards"
     (source / "inner").mkdir(parents=True)
+    shards.mkdir()
     stems = ["a", "inner/b", "inner/" + "c" * (80 if kind in ("v7", "ustar") else 200), "größe"]
     for i, stem in enumerate(stems):
         for name, raw in sample(stem, i):
             (source / name).write_bytes(raw)
-    subprocess.run(["tar", f"--format={kind}", "-cf", tmp_path / "x.tar", "-C", source, "."], check=True)
-    dataset = tar_shards.TarShards(tmp_path, 8)
+    subprocess.run(["tar", f"--format={kind}", "-cf", shards / "x.tar", "-C", source, "."], check=True)
+    dataset = tar_shards.TarShards(shards, 8)
     assert not dataset.skipped
     assert sorted(numbers(*read(dataset, range(4)))) == [0, 1, 2, 3]
     assert set(json.loads(dataset.texts[0])["keys"]) == set(stems)
@@ -212,8 +213,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
     new = set(tmp_path.rglob("*")) - set(before)
     assert new == {tmp_path / "x.tar.index"}  # nothing is unpacked
     expected = {
-        "silent": "no caption", "alone": "no picture", "empty": "is empty", "latin": "not UTF-8",
-        "odd": "the .json is not", "half": "not UTF-8", "list": "the .json is not",
+        "silent": "no caption", "scan": "no caption", "alone": "no picture", "empty": "is empty", "latin": "not UTF-8",
+        "odd": "not a text but 3", "half": "not UTF-8", "list": "the .json is not",
         "good.png": "has such a file", "good.txt": "already", "good.webp": "already",
         "/absolute.png": "absolute", "/absolute.txt": "absolute", "a/../../up.png": "..",
         "a/../../up.txt": "..", "line\nbreak.png": "control", "line\nbreak.txt": "control",
@@ -224,6 +225,38 @@ def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path):
     assert set(found) == set(expected)
     for name, words in expected.items():
         assert words in found[name], name
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    mark = "\ufeff".encode()
+    captions = {"a.txt": b"red", "b.json": b'{"caption": "blue"}', "c.txt": b"", "d.json": rb'{"caption": "\ufeff"}'}
+    for value in ("null", "NaN", "[]", "false", '{"en": "a"}'):
+        captions[f"{len(captions)}.json"] = f'{{"caption": {value}}}'.encode()
+    files = [(f"{name[0]}.png", picture(0)) for name in captions]
+    pack(tmp_path / "x.tar", files + [(name, mark + raw) for name, raw in captions.items()])
+    dataset = tar_shards.TarShards(tmp_path, 8)
+    assert read(dataset, range(2))[1] == ["red", "blue"] and len(dataset) == 2
+    found = reasons(dataset)
+    assert found["c"] == found["d"] == "the caption is empty"
+    assert [found[f"{i}"].rsplit("but ")[1] for i in range(4, 9)] == ["null", "NaN", "[]", "false", '{"en": "a"}']
+
+
+def test_files_of_unknown_kinds_are_counted_by_extension(tmp_path):
+    """Over all tars; and so is what lies beside them."""
+    for k in range(2):
+        files = sample(f"{k}") + [(f"{k}.cls", b"7"), (f"{k}.depth.npy", b""), (f"{k}.heic", b"?")]
+        files += [(f"__MACOSX/{k}.png", b"?"), ("Thumbs.db", b"?"), (f"._{k}.png", b"?"), (f"{k}x", b"?")]
+        pack(tmp_path / f"{k}.tar", files[: len(files) - k])
+    (tmp_path / "more").mkdir()
+    for name in ("loose.png", "more/z.tar", "more/y.tar", "old.tar.gz", "README.md", ".hidden"):
+        (tmp_path / name).write_bytes(b"?")
+    dataset = tar_shards.TarShards(tmp_path, 8)
+    assert len(dataset) == 2 and {name for name, _ in dataset.skipped} == {str(tmp_path)}
+    inside, beside = "no kind of picture or caption", "beside the .tar files of this folder, and not read"
+    assert [reason for _, reason in dataset.skipped] == [
+        f"2 .cls files: {inside}", f"2 .heic files: {inside}", f"2 .npy files: {inside}",
+        f"1 extensionless file: {inside}", f"1 .gz file: {beside}", f"1 .png file: {beside}", f"2 .tar files: {beside}",
+    ]
 
 
 def test_damaged_tars_are_used_up_to_the_damage(tmp_path):
@@ -422,3 +455,35 @@ def test_packing_that_is_stopped_leaves_no_half_tar(tmp_path):
     with pytest.raises(FileNotFoundError):
         tar_shards.write_shards(tmp_path / "out", paths, ["a", "b"], 2)
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("stage", ["reading", "packing"])
+def test_packing_that_is_interrupted_leaves_no_tar_and_can_be_repeated(tmp_path, monkeypatch, capsys, stage):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for i in range(7):
+        (source / f"{i}.png").write_bytes(picture(i))
+        (source / f"{i}.txt").write_text(f"number {i}")
+    words, module = [str(source), str(out), "--per-shard", "2"], tar_shards if stage == "reading" else tar_shards.tarfile
+    name = "open_picture" if stage == "reading" else "TarInfo"
+    calls, real = [], getattr(module, name)
+
+    def stops(*values):
+        calls.append(values)
+        if len(calls) == 6:  # of 7; 12 while packing
+            raise KeyboardInterrupt
+        return real(*values)
+
+    monkeypatch.setattr(module, name, stops)
+    with pytest.raises(SystemExit) as stopped:
+        tar_shards.main(words)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().out.strip() == f"stopped: nothing is packed in {out}"
+    assert not out.exists() or not list(out.iterdir())
+    monkeypatch.undo()
+    out.mkdir(exist_ok=True)
+    (out / ".packing").mkdir()
+    (out / ".packing/00007.tar").write_bytes(b"half")  # of a process that was killed
+    tar_shards.main(words)
+    assert [path.name for path in sorted(out.iterdir())] == [f"0000{k}.tar" for k in range(4)]
+    assert numbers(*read(tar_shards.TarShards(out, 8), range(7))) == list(range(7))

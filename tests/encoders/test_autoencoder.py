@@ -291,3 +291,15 @@ def test_slices_equal_the_whole():
     model.at_once = 144
     model.decode(torch.randn(3, 4, 4, 32))  # as many positions as 12×12, whatever their shape
     assert seen == [1, 1, 1]
+
+
+@pytest.mark.parametrize("values", [[1.0] * 4, [-1.0, 1.0, 1.0, -1.0], [0.3] * 4])
+def test_pictures_of_one_colour_train(values):
+    """Their patches have no variance, which the principal components divide by."""
+    pictures = torch.tensor(values).view(4, 1, 1, 1).expand(4, 3, 32, 32)
+    model = Autoencoder(AutoencoderConfig())
+    model.start_from(pictures)
+    model.loss(pictures, torch.randn(4, 8, 4, 4)).mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.calibrate(pictures)
+    assert (model.decode(model.encode(pictures)) - pictures).abs().max() < 0.05
