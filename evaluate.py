@@ -27,7 +27,7 @@ from tqdm import tqdm
 from attention import choose_attention
 from common import figures
 from common.files import newest_run
-from common.flags import SEEDS, flag, read, run_command
+from common.flags import SEEDS, dashed, flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of
 from data import folder
 from diffusion import SAMPLERS
@@ -124,12 +124,15 @@ def print_table(rows):
 @dataclass
 class Flags:
     checkpoint: str = flag("", "a run's folder; the newest run's if not given")
+    clip: str = flag("", "the folder of the published CLIP, if it has moved since the training")
+    t5: str = flag("", "the folder of the published T5, if it has moved since the training")
+    data: str = flag("", "the folder of the training pictures, if it has moved or was packed as tar shards")
     json: str = flag("", "a file for the scores and the settings that made them")
     prompts: int = flag(100, "prompts a column; with --video: for motion, and a fifth of it a column", low=1)
     sampler: str = flag("sde", "see diffusion.py", choices=tuple(SAMPLERS))
-    steps: int = flag(16, "of the sampler", low=1)
-    lambda_t: float = flag(2.0, "guidance by text; 1: none")
-    lambda_m: float = flag(1.0, "guidance by motion, of clips; 1: none")
+    steps: int = flag(16, "of the sampler", low=1, high=1000)
+    lambda_t: float = flag(2.0, "guidance by text; 1: none", low=0, high=100)
+    lambda_m: float = flag(1.0, "with --video: guidance by motion; 1: none", low=0, high=100)
     video: bool = flag(False, "a video run")
     frames: int = flag(0, "with --video: of a clip; 0: as many as in training", low=0)
     sweep: str = flag("", "with --video: a picture file for curves over --lambda-m and --lambda-t")
@@ -139,11 +142,14 @@ class Flags:
     device: str = flag("auto", "as torch names it; auto: a GPU if there is one")
 
 
-def check(flags):
-    """ValueError for flags that do not go together, and for files that could not be written."""
-    for name, value in (("sweep", flags.sweep), ("frames", flags.frames)):
-        if value and not flags.video:
-            raise ValueError(f"--{name} {value}: of clips only; give --video too")
+def check(flags, given):
+    """ValueError for flags, of those given, without effect, and for files that could not be written."""
+    for name in ("sweep", "frames", "lambda_m"):
+        if name in given and not flags.video:
+            raise ValueError(f"--{dashed(name)} {getattr(flags, name)}: of clips only; give --video too")
+    for name in ("lambda_t", "lambda_m"):
+        if name in given and flags.sweep:
+            raise ValueError(f"--{dashed(name)} {getattr(flags, name)}: --sweep has values of its own")
     if flags.frames == 1:
         raise ValueError("--frames 1: a clip has at least 2")
     suffix = Path(flags.sweep).suffix.lower()
@@ -154,12 +160,26 @@ def check(flags):
             raise ValueError(f"--{name} {value}: there is no folder {Path(value).parent}")
 
 
+def training_data(flags, run, trained_on):
+    """"shapes", or the folder of pictures to compare with. trained_on: the run's own --data. ValueError if
+    there are no pictures now, or --data has no effect."""
+    if flags.video or trained_on == "shapes":
+        if flags.data:
+            raise ValueError(f"--data {flags.data}: {run} is judged by prompts of shapes alone; leave it out")
+        return "shapes"
+    source = flags.data or trained_on
+    if not Path(source).is_dir() or any(Path(source).glob("[!.]*.tar")):
+        advice = "give the folder that it moved to or was packed from, --data DIR"
+        raise ValueError(f"{run} was trained on {trained_on}; {source} is no folder of pictures: {advice}")
+    return source
+
+
 def main(arguments):
-    flags, _, _ = read(Flags, arguments, "python evaluate.py", __doc__.partition("\n")[0])
-    check(flags)
+    flags, given, _ = read(Flags, arguments, "python evaluate.py", __doc__.partition("\n")[0])
+    check(flags, given)
     run = flags.checkpoint or newest_run("video" if flags.video else "image")
     device = device_of(flags.device)
-    model = Pipeline.load(run).to(device)
+    model = Pipeline.load(run, clip=flags.clip, t5=flags.t5).to(device)
     model.precision = precision_of(flags.precision, device, model.trained_in)
     choose_attention(model, "auto", device)
     if flags.video and model.config["flags"].get("clips") not in (None, "shapes"):
@@ -178,7 +198,7 @@ def main(arguments):
         starts = tqdm(range(0, len(texts), size), desc="sampling", disable=None, leave=False)
         return torch.cat([model.generate(texts[i : i + size], *options, frames=frames) for i in starts])
 
-    count, source = flags.prompts, model.config["flags"]["data"]
+    count, source = flags.prompts, training_data(flags, run, model.config["flags"]["data"])
     if flags.sweep:
         scores = sweep(generate, count, flags.seed, flags.sweep)
     elif flags.video:

@@ -135,8 +135,10 @@ def run_command(main, stopped="stopped"):
         status = f"{name}: {error}"
     try:
         print(end="", flush=True)
-    except BrokenPipeError:  # Python flushes again at its end
+    except OSError as error:  # Python flushes again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            status = f"{name}: {error}"
     if status:
         sys.exit(status)
 

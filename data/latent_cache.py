@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ from encoders.weights import json_object
 class Flags:
     data: str = flag("shapes", "a folder of pictures with captions, or shapes")
     autoencoder: str = flag("", "its run, or a published folder (default: runs/autoencoder-DATA)")
-    image_size: int = flag(256, "pixels, each way")
+    image_size: int = flag(256, "pixels, each way, a multiple of 16", low=16)
     out: str = flag("", "the cache's folder")
     mirror: str = flag("auto", "encode mirror images too (auto: unless of shapes, which say left and right)",
                        choices=("auto", "true", "false"))
@@ -337,12 +336,8 @@ def main(arguments):
         raise ValueError("--out CACHE: say where it is to be")
     if flags.text != bool(flags.clip or flags.t5):
         raise ValueError("--text keeps what published encoders give: it goes with --clip DIR or --t5 DIR")
-    try:
-        encode(flags)
-    except KeyboardInterrupt:
-        print("\nstopped. The same command goes on after the last whole shard")
-        sys.exit(130)
+    encode(flags)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, stopped="stopped. The same command goes on after the last whole shard")

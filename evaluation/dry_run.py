@@ -4,17 +4,20 @@
 
 One step runs on the *meta* device, whose tensors have a shape and no data: it takes seconds, on any machine.
 Memory is counted as the step runs: a tensor's bytes are added when it is made and taken off when it is freed.
-Weights, gradients, optimizer state and EMA are in fp32 and divided among the GPUs, or among --shard of them.
-Each GPU holds all of the frozen parts.
+Weights, gradients, optimizer state and EMA are in fp32 and divided among the GPUs, or among --shard of them
+(under --accumulate not the gradients: FSDP adds them up whole). Each GPU holds all of the frozen parts. They
+run before the step, whose activations take their memory after them; so the larger of the two counts.
 """
 import weakref
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attention import use_attention, written_out_attention
+from attention import fused_attention, use_attention, written_out_attention
 from common.flops import Flops
 from dit import GenTron, ModelConfig
 from encoders.autoencoder import Autoencoder, AutoencoderConfig
@@ -54,11 +57,19 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
+class Flash(TorchFunctionMode):
+    """Fused attention on the meta device, where torch's own would store the (L, M) weights."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments, **options)[0]
+        return function(*arguments, **options)
+
+
 def flash(q, k, v, mask=None):
-    """fused_attention for the meta device, where torch's own would store the (L, M) weights."""
-    if mask is not None:  # one for all heads, in the dtype that the kernel takes
-        mask = torch.empty(len(q), 1, q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)[0]
+    with Flash():
+        return fused_attention(q, k, v, mask)
 
 
 def random_inputs(config, count, frames, side, lengths, dtype=torch.float32, device="meta"):
@@ -88,6 +99,21 @@ def training_step(
     with Flops() as counter, Peak(kept) as memory:
         model(*inputs).float().square().mean().backward()
     return counter.total, memory.peak
+
+
+@torch.no_grad()
+def encoding(autoencoder, encoders, count, size, lengths):
+    """The most bytes that frozen parts take, on the meta device, for `count` pictures of size×size and their
+    captions of so many tokens. autoencoder: None, if its latents are there already."""
+    parts = [*encoders, autoencoder] if autoencoder else encoders
+    with Flash(), Peak([tensor for part in parts for tensor in part.state_dict().values()]) as memory:
+        kept = []
+        if autoencoder:
+            kept.append(autoencoder.encode(torch.empty(count, 3, size, size, device="meta")))
+        for encoder, L in zip(encoders, lengths):
+            tokens = torch.empty(count, L, dtype=torch.long, device="meta")
+            kept.append(encoder(tokens, tokens > 0))
+    return memory.peak
 
 
 def size_of(module):
@@ -137,8 +163,9 @@ def report(stage, config, gpus, tflops=989.0, utilisation=0.4):
     """The lines that --dry-run prints. stage: "image" or "video"; config: train.py's flags; tflops: TFLOP/s
     of a GPU; utilisation: the share that a step reaches. ValueError if the GPUs cannot divide the batch."""
     batch, accumulate, sharers = config.batch_size, config.accumulate, config.shard or gpus
-    if not isinstance(gpus, int) or min(gpus, tflops, utilisation) <= 0:
-        raise ValueError(f"--dry-run {gpus},{tflops:g},{utilisation:g}: must be above 0, GPUs whole")
+    if not isinstance(gpus, int) or min(gpus, tflops, utilisation) <= 0 or tflops > 1e6 or utilisation > 1:
+        limits = "GPUs whole, TFLOPS up to 1e6, the share of them up to 1"
+        raise ValueError(f"--dry-run {gpus},{tflops:g},{utilisation:g}: must be above 0, {limits}")
     if batch % (gpus * accumulate):
         product = f"{gpus} GPUs times --accumulate {accumulate}"
         raise ValueError(f"--batch-size {batch}: not a multiple of {product}")
@@ -168,6 +195,8 @@ def report(stage, config, gpus, tflops=989.0, utilisation=0.4):
     local = batch // gpus // accumulate  # samples of a GPU at a time
     each = {"weights": 4, "gradients": 4, "optimizer": STATE_BYTES[config.optimizer], "EMA": 4}  # bytes
     memory = {name: total * count / sharers for name, count in each.items()}
+    if config.accumulate > 1:
+        memory["gradients"] = total * 4
     if sharers > 1:
         memory["two gathered blocks"] = 2 * size_of(model.blocks[0]) * (2 if half else 4)
     elif half:
@@ -176,7 +205,11 @@ def report(stage, config, gpus, tflops=989.0, utilisation=0.4):
     dtype = torch.bfloat16 if half else torch.float32
     attend = written_out_attention if config.attention == "written" else flash
     _, activations = training_step(model.config, local, *shape, config.checkpointing, dtype, attend)
-    memory[f"activations of {local}"] = activations
+    autoencoder = frozen["autoencoder"] if stage == "image" and not config.cache else None
+    texts = [frozen[name].to(torch.bfloat16) for name in encoders]
+    encoded = encoding(autoencoder, texts, local, config.image_size, lengths)
+    larger = "activations" if activations > encoded else "encoding"
+    memory[f"{larger} of {local}"] = max(activations, encoded)
     needed = f"{'bf16' if half else 'fp32'} products: {sum(memory.values()) / 2**30:.1f} GiB"
     lines += [f"memory of each of {gpus} GPUs, {needed}", *rows(memory, 2**30, " GiB")]
 

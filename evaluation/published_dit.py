@@ -7,7 +7,8 @@ three tensors. DiT cuts patches by a convolution: its weight (D, C, P, P) become
 key and value are in one matrix. Positions are stored, which we compute: we only compare them.
 
 Sampling is DiT's: 250 of 1000 steps, both ends included, learned variance, guidance 4, no clipping. One thing
-differs: DiT guides 3 of the 4 latent channels, only to reproduce its published figures; we guide all.
+differs: DiT guides 3 of the 4 latent channels, only to reproduce its published figures; we guide all. The
+other samplers, `dpm` and `sde`, are not DiT's: see SPACING.
 """
 import argparse
 import math
@@ -38,15 +39,19 @@ RANKS = {  # of the tensors that tell the sizes
     "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2,
     "pos_embed": 3,
 }
+# DiT's timesteps go down to 0 evenly. From the last but one to 0 the signal-to-noise ratio jumps, over which
+# the second-order samplers extrapolate too far: they end one stride before the clean latent.
+SPACING = {"ddpm": "even", "ddim": "even", "dpm": "trailing", "sde": "trailing"}
 
 
 def config_of(state, heads=0):
     """The ModelConfig of a published state (a dictionary of tensors), from its shapes. heads: H, for none of
-    DiT's sizes. ValueError if it is not a DiT, or if H is not known."""
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-        raise ValueError("not a DiT checkpoint: it is not a dictionary of tensors")
+    DiT's sizes. ValueError if it is not a DiT, or if H is not known or does not divide D."""
+    tensors = state.items() if isinstance(state, dict) else [("", None)]
+    if not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in tensors):
+        raise ValueError("not a DiT checkpoint: it is not a dictionary of tensors by name")
     for name, rank in RANKS.items():
-        if name not in state or state[name].ndim != rank:
+        if name not in state or state[name].ndim != rank or 0 in state[name].shape:
             raise ValueError(f"not a DiT checkpoint: there is no tensor {name} with {rank} dimensions")
     patches, labels, final, _ = (state[name] for name in RANKS)
     D, C, P, _ = patches.shape
@@ -54,8 +59,11 @@ def config_of(state, heads=0):
     heads = heads or HEADS.get((depth, D))
     if not heads:
         raise ValueError(f"depth {depth} and width {D} are none of DiT's sizes: say how many --heads it has")
+    out_channels = len(final) // P**2
+    if out_channels not in (C, 2 * C):
+        raise ValueError(f"not a DiT checkpoint: {C} channels in, {out_channels} out, not {C} or {2 * C}")
     return ModelConfig(
-        depth=depth, width=D, heads=heads, patch=P, channels=C, out_channels=len(final) // P**2,
+        depth=depth, width=D, heads=heads, patch=P, channels=C, out_channels=out_channels,
         integration="class", classes=len(labels) - 1,  # the last row is the null label
     )
 
@@ -86,7 +94,7 @@ def from_published(state, heads=0):
         if tensor.shape != needed:
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}, not {needed} as the others ask")
         weights |= zip(ours, tensor.chunk(len(ours)))
-    stored = state["pos_embed"][0]  # (N, D)
+    stored = state["pos_embed"][0].float()  # (N, D)
     side = math.isqrt(len(stored))
     positions = position_embedding(side, side, model.config.width)  # (N, D)
     if stored.shape != positions.shape or not (stored - positions).abs().max() < 1e-2:
@@ -121,7 +129,7 @@ def generate(model, labels, side, seed=0, sampler="ddpm", steps=250, guidance=4.
     config, device = model.config, next(model.parameters()).device
     if max(labels) >= config.classes:
         raise ValueError(f"class {max(labels)} is not one of 0 to {config.classes - 1}")
-    diffusion = Diffusion("linear", "noise", config.out_channels > config.channels, spacing="even")
+    diffusion = Diffusion("linear", "noise", config.out_channels > config.channels, spacing=SPACING[sampler])
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
     x = gaussian((config.channels, side, side), generators).to(device)
     labels = torch.tensor(labels, device=device)
@@ -144,7 +152,7 @@ class Flags:
     out: str = flag("classes.png", "the grid of pictures")
     sampler: str = flag("ddpm", "DiT's is ddpm", choices=tuple(SAMPLERS))
     steps: int = flag(250, "of the sampler", low=1, high=1000)
-    guidance: float = flag(4.0, "1: none")
+    guidance: float = flag(4.0, "1: none", low=0, high=100)
     heads: int = flag(0, "for a DiT of none of the published sizes", low=0)
     seed: int = flag(0, "of the noise", low=0, high=SEEDS)
     zoom: int = flag(1, "how many times larger the grid shows a picture", low=1)

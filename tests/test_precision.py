@@ -1,4 +1,5 @@
 """fp32 is fp32 and bf16 is chosen by name: through the commands, against the same weights in float64."""
+import ast
 import copy
 import json
 from pathlib import Path
@@ -88,29 +89,75 @@ def test_what_auto_chose_stays_with_the_run(pictures, tmp_path, monkeypatch, cap
     """Where bf16 was faster when the run began, it goes on and is drawn from in bf16, without measuring again; on another
     processor it is measured."""
     calls = []
-    monkeypatch.setattr(hardware, "faster_precision", lambda device: calls.append(1) or ("fp32" if calls[1:] else "bf16"))
+
+    def rate(device, dtype):
+        calls.append(dtype)
+        return (dtype == torch.bfloat16) == (len(calls) <= 2)  # the first time bf16 is faster, the second time fp32
+
+    monkeypatch.setattr(hardware, "matmul_rate", rate)
     image(pictures, tmp_path, "--steps", "2", "--checkpoint-every", "1", "--cooldown", "0")
-    assert "bf16 products, steps 0…2" in capsys.readouterr().out and len(calls) == 1
+    assert "bf16 products, steps 0…2" in capsys.readouterr().out and len(calls) == 2
     (tmp_path / "checkpoints/000002/config.json").unlink()
+    (tmp_path / "run.json").unlink()  # it says that the run is finished
     image(pictures, tmp_path, "--steps", "2", "--checkpoint-every", "1", "--cooldown", "0", "--resume")
     draw = ["a star", "--checkpoint", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "x.png")]
     sample.main(draw)
     printed = capsys.readouterr().out
-    assert "bf16 products, steps 1…2" in printed and "bf16 products → " in printed and len(calls) == 1
+    assert "bf16 products, steps 1…2" in printed and "bf16 products → " in printed and len(calls) == 2
     sample.main([*draw, "--precision", "fp32"])
     assert "fp32 products → " in capsys.readouterr().out
     monkeypatch.setattr(hardware, "processor", lambda device: "another")
     sample.main(draw)
-    assert "fp32 products → " in capsys.readouterr().out and len(calls) == 2
+    assert "fp32 products → " in capsys.readouterr().out and len(calls) == 4
     saved = json.loads((tmp_path / "checkpoints/000002/config.json").read_text())["config"]
     assert saved["precision"] == "bf16" and saved["processor"] != "another"
+
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
 
 
 def test_no_file_changes_the_precision_of_fp32_products():
     """torch's default computes them in fp32 on every processor. Its switches stand in no file of ours."""
     assert torch.get_float32_matmul_precision() == "highest"
-    root = Path(__file__).parent.parent
-    sources = [path for path in root.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(root).parts)]
-    switches = ("set_float32_matmul_precision", "fp32_precision", "allow_tf32")
-    found = [(path.name, switch) for path in sources for switch in switches if switch in path.read_text()]
-    assert len(sources) > 40 and not found
+    switches = (
+        "set_float32_matmul_precision", "fp32_precision", "allow_tf32", "reduced_precision", "set_default_dtype",
+        "set_default_device", "set_default_tensor_type", "use_deterministic_algorithms", "cudnn.", "set_num_threads",
+        "set_num_interop_threads", "set_flush_denormal", "set_grad_enabled", "set_autocast", "autocast_cache", "enable_flash_sdp",
+        "enable_math_sdp", "enable_mem_efficient_sdp", "set_rng_state", "set_detect_anomaly", "random.seed(", "CUBLAS_WORKSPACE",
+    )  # fmt: skip
+    found = [(path.name, switch) for path in SOURCES for switch in switches if switch in path.read_text()]
+    assert len(SOURCES) > 40 and not found
+
+
+def globals_of_torch():
+    backends = torch.backends
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(), "products": torch.get_float32_matmul_precision(),
+        "dtype": torch.get_default_dtype(), "device": torch.get_default_device(), "gradients": torch.is_grad_enabled(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()), "anomalies": torch.is_anomaly_enabled(),
+        "autocast": [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
+        "cudnn": (backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic, backends.cudnn.allow_tf32),
+        "mkldnn": backends.mkldnn.enabled, "attention": (backends.cuda.flash_sdp_enabled(), backends.cuda.math_sdp_enabled()),
+    }  # fmt: skip
+
+
+def test_a_run_and_its_pictures_leave_torch_as_it_was(pictures, tmp_path):
+    """Also where drawing or evaluation is refused halfway. Nothing of torch is set, or drawn, where a file is imported."""
+    before = globals_of_torch()
+    image(pictures, tmp_path, "--precision", "bf16")
+    draw = ["a star", "--checkpoint", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "x.png"), "--precision", "bf16"]
+    sample.main(draw)
+    with pytest.raises(ValueError):
+        sample.main([*draw, "--frames", "3"])
+    assert globals_of_torch() == before
+    calls = []
+    for path in SOURCES:
+        inner = (ast.FunctionDef, ast.Lambda)
+        nodes = [node for node in ast.parse(path.read_text()).body if not isinstance(node, inner)]
+        while nodes:
+            node = nodes.pop()
+            nodes += [child for child in ast.iter_child_nodes(node) if not isinstance(child, inner)]
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("torch.", "random.", "np.random.")):
+                calls.append(f"{path.name}: {ast.unparse(node)}")
+    assert not calls

@@ -34,7 +34,7 @@ class Flags:
     schedule: str = flag("cosine", "of the noise", choices=("cosine", "linear"), group="objective")
     target: str = flag("velocity", "what the network predicts", choices=("velocity", "noise", "x0"))
     learned_variance: bool = flag(False, "as DiT does")
-    shift: float = flag(6.0, "above 1: more of the training at high noise", low=0.01)
+    shift: float = flag(6.0, "above 1: more of the training at high noise", low=0.01, high=100)
     caption_dropout: float = flag(0.1, "share of the captions replaced by the null text", low=0, high=1)
     p_motion_free: float = flag(0.15, "video: share of pictures, under the mask", low=0, high=0.99)
     joint: bool = flag(True, "video: train on pictures too; false: on clips alone")
@@ -75,8 +75,8 @@ class Flags:
 
 # The paper's objective and optimizer (section 4); where it is silent, those of DiT's train.py: AdamW's betas
 # 0.9 and 0.999, no clipping, learned variance, an EMA of 0.9999. Two things are ours. The EMA warms up
-# (optimizers.update_ema): DiT's begins at the first, random weights and takes 10,000 steps to forget them. And
-# the learned variance has a simpler loss at the first timestep (diffusion.variance_loss).
+# (optimizers.update_ema): DiT's begins at the random weights and takes 10,000 steps to forget them. And the
+# learned variance has a simpler loss at the first timestep (diffusion.variance_loss).
 PAPER = dict(
     image_size=256, optimizer="adamw", lr=1e-4, beta2=0.999, max_norm=0.0, warmup=0, cooldown=0.0, ema=0.9999,
     schedule="linear", target="noise", learned_variance=True, shift=1.0, qk_norm=False, batch_size=256,

@@ -1,4 +1,5 @@
 """A dry run counts what a real run takes. Whole training and sampling steps run where no tensor has data."""
+import itertools
 import json
 import subprocess
 import sys
@@ -6,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
@@ -14,10 +17,13 @@ from attention import fused_attention, use_attention, written_out_attention
 from common.flops import Flops
 from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, motion_free_guidance
 from dit import GenTron, ModelConfig
+from encoders.autoencoder import Autoencoder, AutoencoderConfig
 from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from encoders.clip import CLIPConfig, CLIPTextEncoder
 from encoders.t5 import T5Config, T5Encoder
 from evaluation import dry_run
+from training import distributed
+from training.recipes import read_flags
 
 ROOT = Path(__file__).parent.parent.parent
 TWO = dict(text_widths=(12, 16), null_tokens=(2, 3), pooling=("last", "mean"))
@@ -87,6 +93,96 @@ def test_a_dry_run_of_the_largest_model(capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out.startswith("parameters 5")
     with pytest.raises(ValueError, match="--dry-run: has no effect on the stage autoencoder"):
         train.main(["autoencoder", "--dry-run", "1"])
+
+
+AUTOENCODERS = {
+    "": lambda: None,
+    "mini": lambda: Autoencoder(AutoencoderConfig()),
+    "kl": lambda: AutoencoderKL(AutoencoderKLConfig(widths=(16, 32), groups=4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("autoencoder, encoders", [("", ["t5"]), ("mini", []), ("kl", ["clip", "t5"]), ("kl", ["clip"])])
+def test_encoding_takes_what_the_allocator_gives_out(autoencoder, encoders):
+    """By the profiler, which sees each allocation and release of a real run."""
+    made = {"clip": lambda: CLIPTextEncoder(CLIPConfig(64, 64, 2, 2, 256)), "t5": lambda: T5Encoder(T5Config(heads=8))}
+    lengths = [{"clip": 77, "t5": 128}[name] for name in encoders]
+
+    def parts():
+        return AUTOENCODERS[autoencoder](), [made[name]().to(torch.bfloat16) for name in encoders]
+
+    with torch.device("meta"):
+        counted = dry_run.encoding(*parts(), 16, 64, lengths)
+    pictures, texts = parts()
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        kept = [pictures.encode(torch.zeros(16, 3, 64, 64))] if pictures else []
+        for encoder, L in zip(texts, lengths):
+            tokens = torch.ones(16, L, dtype=torch.long)
+            kept.append(encoder(tokens, tokens > 0))
+    sizes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert 0.85 < counted / max(itertools.accumulate(sizes)) < 1.15
+
+
+def lines_of(stage, *flags):
+    config = read_flags(stage, [*flags, "--precision", "bf16"], train.SIZES)
+    return dry_run.report(stage, config, 8)
+
+
+def test_what_is_encoded_counts_where_it_takes_more_than_the_step(tmp_path, monkeypatch):
+    """The text encoder runs in every step. With --cache no picture is encoded; for clips it is done beforehand."""
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="t5", feed_forward_proj="gated-gelu")))
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL(AutoencoderKLConfig())
+        t5 = T5Encoder(T5Config.read(tmp_path)).to(torch.bfloat16)
+    both, text = (dry_run.encoding(part, [t5], 2, 64, [256]) for part in (autoencoder, None))
+    assert text < both
+    flags = ["--size", "S/2", "--batch-size", "16", "--image-size", "64", "--t5", str(tmp_path)]
+    for step, more, row, largest in (
+        (both - 1, ["image"], "encoding", both),
+        (both + 1, ["image"], "activations", both + 1),
+        (text - 1, ["image", "--data", "shapes", "--cache", "latents"], "encoding", text),
+        (text - 1, ["video"], "encoding", text),
+    ):
+        monkeypatch.setattr(dry_run, "training_step", lambda *_: (1, step))
+        assert f"  {row + ' of 2':<24}{largest / 2**30:>10.2f} GiB" in lines_of(*more, *flags)
+
+
+def test_gradients_of_shares_are_whole_while_they_add_up(monkeypatch):
+    """As FSDP holds them between the parts of a step, and as the dry run counts them."""
+    config = ModelConfig(depth=3, width=64, heads=4, text_widths=(12,), null_tokens=(2,))
+    model = GenTron(config)
+    total = dry_run.size_of(model)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        distributed.shard(model, torch.device("cpu"), torch.bfloat16)
+        averaging, held = distributed.Averaging(model), []
+        for last in (False, True):
+            averaging.enable(last)
+            model(*dry_run.random_inputs(config, 2, 0, 8, (4,), device="cpu")).float().square().mean().backward()
+            groups = [module._get_fsdp_state()._fsdp_param_group for module in (model, *model.blocks)]
+            whole = [p.unsharded_accumulated_grad for group in groups for p in group.fsdp_params]
+            shares = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
+            held.append(sum(tensor.nbytes for tensor in (*whole, *shares) if tensor is not None))
+    finally:
+        dist.destroy_process_group()
+    assert held[0] == total * 4 and held[1] == pytest.approx(total, rel=0.01)
+    monkeypatch.setattr(dry_run, "training_step", lambda *_: (1, 1))
+    monkeypatch.setattr(dry_run, "encoding", lambda *_: 1)
+    gradients = lambda *flags: next(line for line in lines_of("image", *flags) if line.startswith("  gradients"))
+    small = ["--size", "S/2", "--checkpointing"]
+    of_S = float(lines_of("image", *small)[0].split()[1]) * 4 / 2**30
+    assert gradients(*small) == gradients(*small, "--shard", "8") == f"  gradients{of_S / 8:>25.2f} GiB"
+    for more in ([], ["--shard", "2"], ["--shard", "1"]):
+        assert gradients(*small, "--accumulate", "4", *more) == f"  gradients{of_S:>25.2f} GiB"
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "8.0", "8,0", "8,-1", "8,0.0", "8,989,0", "8,989,40", "8,1.e400", "nan", "8,inf", "8,", "1,2,3,4"])
+def test_a_machine_that_cannot_be_is_refused(given):
+    with pytest.raises(ValueError, match="--dry-run .*: must be [^\n]*$"):
+        train.main(["image", "--dry-run", given])
 
 
 def test_flops_are_the_products_of_the_equations():

@@ -1,4 +1,5 @@
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -6,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data import moving_shapes, shapes
+import evaluate
+import train
+from data import moving_shapes, shapes, tar_shards
 from evaluate import composition, motion, sweep
 from evaluation.judge import judge, judge_clip, look
 from evaluation.prompts import COLUMNS, motion_prompts, moving_prompts, only_in_pictures, prompts
+from sample import Pipeline
 
 
 def scene_of(prompt, rng):
@@ -134,3 +138,44 @@ def test_scores_of_a_perfect_and_of_a_blank_generator():
     blank = composition(lambda texts: torch.full((len(texts), 3, 64, 64), 200, dtype=torch.uint8), 5)
     assert blank["seen"]["mean"] == 0
     assert set(scores["seen"]) == {*COLUMNS, "mean"}
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--lambda-m", "1.2"], "--lambda-m 1.2: of clips only; give --video too"),
+    (["--frames", "0"], "--frames 0: of clips only; give --video too"),
+    (["--sweep", ""], "--sweep : of clips only; give --video too"),
+    (["--video", "--sweep", "x.png", "--lambda-t", "3"], "--lambda-t 3.0: --sweep has values of its own"),
+    (["--video", "--sweep", "x.png", "--lambda-m", "1"], "--lambda-m 1.0: --sweep has values of its own"),
+    (["--lambda-t", "1e30"], "--lambda-t 1e+30: must be from 0 to 100"),
+    (["--steps", "1001"], "--steps 1001: must be from 1 to 1000"),
+])  # fmt: skip
+def test_flags_without_effect_or_sense_are_refused(words, message):
+    with pytest.raises(ValueError) as error:
+        evaluate.main([*words, "--checkpoint", "none"])
+    assert str(error.value) == message
+
+
+def test_a_run_finds_what_has_moved(pictures, tmp_path, monkeypatch, capsys):
+    """Its pictures, also those that were packed, and its encoders."""
+    data, tars, run = tmp_path / "data", tmp_path / "tars", str(tmp_path / "run")
+    shutil.copytree(pictures / "data", data)
+    tar_shards.main([str(data), str(tars)])
+    size = ["--image-size", "32", "--batch-size", "4", "--steps", "1", "--sample-every", "-1", "--workers", "0"]
+    train.main(["image", "--data", str(tars), "--autoencoder", str(pictures / "ae"), "--out", run, *size])
+    judged = ["--checkpoint", run, "--steps", "1", "--prompts", "2"]
+    problem = f"{run} was trained on {tars}; %s is no folder of pictures: give the folder that it moved to or was packed from, --data DIR"
+    for words, named in (([], tars), (["--data", "gone"], "gone"), (["--data", "shapes"], "shapes")):
+        with pytest.raises(ValueError) as error:
+            evaluate.main([*judged, *words])
+        assert str(error.value) == problem % named
+    evaluate.main([*judged, "--data", str(data)])
+    assert "of 2 captions" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"--t5 {data}: .* was trained without it; leave it out"):
+        evaluate.main([*judged, "--t5", str(data)])
+    model = Pipeline.load(run)
+    model.config["flags"]["data"] = "shapes"
+    given = []
+    monkeypatch.setattr(Pipeline, "load", lambda run, **folders: given.append(folders) or model)
+    with pytest.raises(ValueError, match="--data x: .* is judged by prompts of shapes alone; leave it out"):
+        evaluate.main([*judged, "--data", "x", "--clip", "here", "--t5", "there"])
+    assert given == [dict(clip="here", t5="there")]
