@@ -3,6 +3,8 @@ import torch
 
 import attention
 from attention import MultiHeadAttention, fused_attention, written_out_attention
+from conditioning import CrossAttention
+from temporal import TempSelfAttn
 
 
 def tensors(dtype=torch.float64):
@@ -88,6 +90,30 @@ def test_layer_equals_torch_multi_head(qk_norm):
         theirs.in_proj_bias.copy_(torch.cat([layer.q.bias, layer.k.bias, layer.v.bias]))
         theirs.out_proj.load_state_dict(layer.out.state_dict())
     torch.testing.assert_close(ours, theirs(x, x, x, key_padding_mask=~mask)[0])
+
+
+def test_qk_norm_is_off_unless_asked_for():
+    names = lambda layer: {name for name, _ in layer.named_parameters()}
+    plain = {f"{layer}.{part}" for layer in ("q", "k", "v", "out") for part in ("weight", "bias")}
+    for layer in (MultiHeadAttention(12, 3), CrossAttention(12, 3, 10).attention, TempSelfAttn(12, 3).attention):
+        assert names(layer) == plain
+    assert names(MultiHeadAttention(12, 3, qk_norm=True)) == plain | {"q_norm.weight", "k_norm.weight"}
+
+
+@pytest.mark.parametrize(
+    "name, device, function",
+    [
+        ("auto", "cpu", written_out_attention),
+        ("auto", "cuda", fused_attention),
+        ("fused", "cpu", fused_attention),
+        ("written", "cuda", written_out_attention),
+    ],
+)
+def test_auto_is_written_out_on_a_cpu_alone(name, device, function):
+    layers = torch.nn.ModuleList(MultiHeadAttention(8, 2) for _ in range(2))
+    layers[0].attend = layers[1].attend = None
+    attention.choose_attention(layers, name, torch.device(device))
+    assert [layer.attend for layer in layers] == [function, function]
 
 
 def test_width_must_divide():

@@ -58,6 +58,7 @@ def test_alpha_bar_is_the_product():
     cosine = Diffusion("cosine").alpha_bar
     f = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     assert cosine[499].item() == pytest.approx(f(0.5) / f(0), rel=1e-9)
+    assert (cosine[-1] / cosine[-2]).item() == pytest.approx(1 - 0.999)  # where the formula would leave nothing of x_0
 
 
 @pytest.mark.parametrize("schedule,target", KINDS)
@@ -74,6 +75,21 @@ def test_samplers_recover_x0_when_told_the_truth(schedule, target, sampler):
     start = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     out = SAMPLERS[sampler](model, d, start, 12, [torch.Generator().manual_seed(i) for i in range(2)])
     torch.testing.assert_close(out, x0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "even"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_call_the_model_once_a_timestep_on_the_latents_device(sampler, spacing):
+    """The meta device stands for a GPU: a tensor made on the CPU does not go with its own."""
+    d, called = Diffusion(spacing=spacing), []
+
+    def model(x, t):
+        called.append(t)
+        return x
+
+    out = SAMPLERS[sampler](model, d, torch.empty(2, 3, 4, 4, device="meta"), 5, [torch.Generator() for _ in range(2)])
+    assert out.device.type == "meta" and out.shape == (2, 3, 4, 4)
+    assert len(called) == 5 and all(t.device.type == "meta" for t in called)
 
 
 @pytest.mark.parametrize("sampler,steps", [("ddpm", 250), ("ddim", 100), ("dpm", 30), ("sde", 60)])
@@ -154,6 +170,11 @@ def test_shift_moves_training_and_sampling_to_noise():
     assert shifted.timesteps(10)[0] == 999 and sum(shifted.timesteps(10)) > sum(plain.timesteps(10))
     t = shifted.random_timesteps(20000, torch.Generator().manual_seed(0)).double() / 1000
     assert (t > 0.8).double().mean().item() == pytest.approx(0.5, abs=0.02)  # u = 1/2 goes to 4/5
+    assert torch.equal(t, shifted.random_timesteps(20000, torch.Generator().manual_seed(0)).double() / 1000)
+    drawn = plain.random_timesteps(20000, torch.Generator().manual_seed(0))
+    assert drawn.min() == 0 and drawn.max() == 999 and drawn.double().mean().item() == pytest.approx(499.5, abs=7)
+    # the ends, where rounding or a small shift would leave the schedule
+    assert Diffusion(shift=1e8).random_timesteps(20000).max() == 999 and Diffusion(shift=0.1).timesteps(1000)[-1] == 0
     with pytest.raises(ValueError, match="0 sampling steps"):
         plain.timesteps(0)
 
@@ -191,12 +212,32 @@ def test_guidance_is_the_formula_on_every_channel():
     assert ((out - c)[:, :4].abs().amax((0, 2, 3)) > 0).all()
 
 
+def test_guidance_of_a_condition_with_a_text_for_each_encoder():
+    """Such a condition is a list of tensors; every pass gets its own rows of each."""
+    model = lambda x, t, texts: x + (texts[0].sum(1) * texts[1].sum(1))[:, None, None, None]
+    condition, null = (dict(texts=[torch.randn(3, 5), torch.randn(3, 7)]) for _ in range(2))
+    x, t = torch.randn(3, 2, 2, 2), torch.full((3,), 500)
+    out = classifier_free_guidance(model, condition, null, 3.0)(x, t)
+    c, u = model(x, t, **condition), model(x, t, **null)
+    torch.testing.assert_close(out, u + 3 * (c - u))
+
+
 def test_guidance_one_and_outside_the_interval_is_the_conditional_model():
     condition, null = conditions()
     x, t = torch.randn(3, 4, 2, 2), torch.full((3,), 500)
     assert torch.equal(classifier_free_guidance(toy, condition, null, 1.0)(x, t), toy(x, t, **condition))
     assert torch.equal(classifier_free_guidance(toy, condition, null, 5.0, interval=(0.6, 1.0))(x, t), toy(x, t, **condition))
     assert not torch.equal(classifier_free_guidance(toy, condition, null, 5.0, interval=(0.4, 0.6))(x, t), toy(x, t, **condition))
+
+
+def test_the_interval_has_both_its_ends():
+    """In a batch of one, t = 500 of 1000."""
+    text, dropped = torch.tensor([1.0]), torch.tensor([False])
+    condition, null = dict(text=text, dropped=dropped), dict(text=text, dropped=~dropped)
+    x, t = torch.randn(1, 4, 2, 2), torch.full((1,), 500)
+    for interval, inside in (((0.5, 0.6), True), ((0.4, 0.5), True), ((0.501, 0.6), False), ((0.4, 0.499), False)):
+        out = classifier_free_guidance(toy, condition, null, 5.0, interval=interval)(x, t)
+        assert torch.equal(out, toy(x, t, **condition)) != inside
 
 
 def test_full_rescale_gives_the_conditional_spread():
@@ -231,6 +272,31 @@ def test_learned_variance_finds_the_true_reverse_variance():
     _, low, high = reverse_step(d, x0[:1], x[:1], times[:1], times[:1] - 1)
     found = (low + (extra + 1) / 2 * (high - low)).item()
     assert found == pytest.approx(true, abs=0.01) and high.item() - low.item() > 0.01
+
+
+def test_variance_loss_is_the_divergence_of_two_gaussians():
+    """q(x_{t-1} | x_t, x_0) and p(x_{t-1} | x_t) by Ho et al. 2020, equations 7 and 11; their divergence by torch.distributions;
+    at t = 0 the log-likelihood. In bits, and of 200 steps a fifth (equation 15 of Nichol & Dhariwal 2021 for the variance)."""
+    d = Diffusion("linear", "noise", learned_variance=True, steps=200)
+    beta = torch.linspace(5e-4, 0.1, 200, dtype=torch.float64)
+    alpha, bar = 1 - beta, (1 - beta).cumprod(0)
+    t = torch.tensor([0, 1, 2, 50, 199])
+    x0, noise, predicted, extra = torch.randn(4, 5, 2, 3, 3, dtype=torch.float64)
+    x = d.add_noise(x0, noise, t)
+    found = variance_loss(d, x0, x, predicted, extra, t)
+    for i, k in enumerate(t.tolist()):
+        before = bar[k - 1] if k else torch.ones(())
+        model_mean = (x[i] - beta[k] / (1 - bar[k]).sqrt() * predicted[i]) / alpha[k].sqrt()
+        if k:
+            true_mean = before.sqrt() * beta[k] / (1 - bar[k]) * x0[i] + alpha[k].sqrt() * (1 - before) / (1 - bar[k]) * x[i]
+            variance = (1 - before) / (1 - bar[k]) * beta[k]
+            share = (extra[i] + 1) / 2
+            learned = beta[k] ** share * variance ** (1 - share)
+            true = torch.distributions.Normal(true_mean, variance.sqrt())
+            nats = torch.distributions.kl_divergence(true, torch.distributions.Normal(model_mean, learned.sqrt()))
+        else:
+            nats = -torch.distributions.Normal(model_mean, beta[0].sqrt()).log_prob(x0[i])
+        torch.testing.assert_close(found[i], 0.2 * nats.mean() / math.log(2))
 
 
 def test_learned_variance_leaves_the_mean_alone():

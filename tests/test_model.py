@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from conditioning import masked_mean
-from dit import GenTron, ModelConfig, patchify, position_embedding, sincos, unpatchify
+from dit import MLP, GenTron, ModelConfig, TimestepEmbedding, patchify, position_embedding, unpatchify
 
 SMALL = dict(depth=2, width=24, heads=3, channels=3, out_channels=3, text_widths=(10,), qk_norm=True)
 
@@ -134,9 +134,10 @@ def test_two_encoders_take_turns_in_the_blocks_and_are_added_in_the_vector():
 
 
 def test_masked_mean_by_hand():
-    text = torch.tensor([[[2.0], [4.0], [100.0]], [[1.0], [5.0], [9.0]]])
-    mask = torch.tensor([[True, True, False], [False, False, False]])
-    assert masked_mean(text, mask).tolist() == [[3.0], [0.0]]
+    """Of two words, of none, and of one."""
+    text = torch.tensor([[[2.0], [4.0], [100.0]], [[1.0], [5.0], [9.0]], [[7.0], [5.0], [9.0]]])
+    mask = torch.tensor([[True, True, False], [False, False, False], [True, False, False]])
+    assert masked_mean(text, mask).tolist() == [[3.0], [0.0], [7.0]]
 
 
 def test_class_labels_take_the_place_of_text():
@@ -165,15 +166,33 @@ def test_samples_do_not_see_each_other():
     torch.testing.assert_close(whole[1:2], alone)
 
 
+@pytest.mark.parametrize(
+    "size, depth, D, heads, millions",
+    [("S", 12, 384, 6, 33), ("B", 12, 768, 12, 130), ("L", 24, 1024, 16, 458), ("XL", 28, 1152, 16, 675)],
+)
+def test_sizes_are_DiTs(size, depth, D, heads, millions):
+    """DiT's S/2 to XL/2 (its table 1 and models.py), and their parameters, with labels and learned variance: each layer's
+    weights and biases, added by hand, are its table 4."""
+    config = ModelConfig.of(size, integration="class", classes=1000, out_channels=8)
+    assert (config.depth, config.width, config.heads, config.patch, config.position_step) == (depth, D, heads, 2, 1.0)
+    with torch.device("meta"):
+        model = GenTron(config)
+    block = (3 * D * D + 3 * D) + (D * D + D) + (8 * D * D + 5 * D) + (6 * D * D + 6 * D)  # q, k, v; out; MLP; adaLN
+    ends = (2 * 2 * 4 * D + D) + (2 * D * D + 2 * D + 2 * 2 * 8 * D + 2 * 2 * 8)  # patches to tokens; the final layer
+    conditions = (256 * D + D + D * D + D) + 1001 * D  # the timestep; the labels, with the null label
+    count = sum(p.numel() for p in model.parameters())
+    assert count == depth * block + ends + conditions
+    assert count + 256 * D == pytest.approx(millions * 1e6, abs=0.6e6)  # DiT counts its table of fixed positions
+
+
+def test_the_smallest_size_spans_what_DiTs_256_tokens_span():
+    assert ModelConfig.of("mini").position_step * 4 == 16  # 4×4 tokens in the demo, 16×16 in DiT
+    assert ModelConfig.of("mini", position_step=1.0) == ModelConfig() == ModelConfig(
+        depth=6, width=192, heads=4, channels=4, out_channels=4, text_widths=(128,), null_tokens=(1,), classes=0
+    )
+
+
 def test_sizes():
-    """DiT's published sizes, by the label-conditional model's count: 32.96M for S/2 and 675.1M for XL/2 with learned
-    variance (DiT, table 4: 33M and 675M)."""
-    for size, count in (("S", 32.96e6), ("XL", 675.13e6)):
-        with torch.device("meta"):
-            config = ModelConfig.of(size, integration="class", classes=1000, out_channels=8)
-            model = GenTron(config)
-        positions = 256 * config.width  # DiT counts its table of fixed positions; here it is computed
-        assert sum(p.numel() for p in model.parameters()) + positions == pytest.approx(count, rel=5e-4)
     # GenTron's two (paper, Table 1), both encoders interleaved, by the reconstruction in dit.py
     clip_t5 = dict(text_widths=(768, 4096), null_tokens=(77, 256), pooling=("last", "mean"), out_channels=8)
     for size, count in (("XL", 930.0e6), ("G", 3083.8e6)):
@@ -187,7 +206,56 @@ def test_sizes():
 
 
 def test_timestep_waves_are_DiTs():
+    """256 of them, which the MLP reads."""
+    embedding = TimestepEmbedding(8)
     t = torch.tensor([3.0, 700.0])
     half = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
     expected = torch.cat([torch.cos(t[:, None] * half), torch.sin(t[:, None] * half)], -1)
-    torch.testing.assert_close(sincos(t, 256).roll(128, -1), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embedding(t), embedding.mlp(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_gelu_and_norms_are_DiTs():
+    """GELU in its tanh form, and LayerNorm with 1e-6 under the root."""
+    x = torch.randn(5, 8, dtype=torch.float64)
+    into, _, out = mlp = MLP(8, 4).double()
+    y = into(x)
+    gelu = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    torch.testing.assert_close(mlp(x), out(gelu), rtol=0, atol=1e-9)
+    model = small(temporal=True, qk_norm=False)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    x = 1e-3 * torch.randn(5, 24, dtype=torch.float64)
+    expected = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+    assert len(norms) == 2 * 4 + 1
+    for norm in norms:
+        torch.testing.assert_close(norm(x), expected)
+
+
+def test_starting_values():
+    """Xavier's, DiT's 0.02, null texts as large as an encoder's tokens, and no biases."""
+    text, labels = small(width=96, text_widths=(64,), null_tokens=(50,)), small(width=96, integration="class", classes=100)
+    assert text.condition.null[0].std().item() == pytest.approx(1, rel=0.1)
+    for table in (text.time.mlp[0].weight, text.time.mlp[2].weight, labels.condition.table.weight):
+        assert table.std().item() == pytest.approx(0.02, rel=0.1)
+    k = text.blocks[1].cross_attention.attention.k.weight  # (96, 64)
+    assert k.std().item() == pytest.approx((2 / (96 + 64)) ** 0.5, rel=0.1)
+    assert not any(p.any() for name, p in text.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_all_is_computed_on_the_inputs_device(pooling):
+    """The meta device stands for a GPU: a tensor made on the CPU does not go with its own."""
+    with torch.device("meta"):
+        model = GenTron(ModelConfig(**SMALL | dict(temporal=True, pooling=(pooling,))))
+        x, t = torch.empty(2, 3, 3, 4, 4), torch.empty(2, dtype=torch.long)
+        text, mask = torch.empty(2, 5, 10), torch.empty(2, 5, dtype=torch.bool)
+    out = model(x, t, (text,), (mask,))
+    assert out.device.type == "meta" and out.shape == x.shape
+
+
+def test_checkpointing_is_off_unless_asked_for_and_changes_no_gradient():
+    model = shake(small())
+    assert not model.checkpointing
+    batch, gradients = inputs(), []
+    for model.checkpointing in (False, True):
+        gradients.append(torch.autograd.grad(model(*batch).square().sum(), list(model.parameters())))
+    torch.testing.assert_close(*gradients)

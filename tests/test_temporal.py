@@ -32,7 +32,7 @@ def test_the_inflated_model_equals_the_image_model_on_every_frame():
     image = random_weights(GenTron(ModelConfig(**SMALL)))
     video = GenTron(ModelConfig(**SMALL, temporal=True))
     new = inflate(video, image.state_dict())
-    assert new and all("temporal." in name for name in new) and len(new) == len(video.state_dict()) - len(image.state_dict())
+    assert new == sorted(name for name in new if "temporal." in name) and len(new) == len(video.state_dict()) - len(image.state_dict())
     assert not any("temporal" in name for name in image.state_dict())  # an image model pays nothing
     x, t, text, mask = batch()
     with torch.no_grad():
@@ -145,6 +145,19 @@ def test_frames_taken_out_of_a_clip_keep_their_numbers():
         assert (video(two, t, text, mask) - video(x, t, text, mask)[:, [1, 4]]).abs().max() > 1e-4
 
 
+def test_the_frames_step_is_from_one_number_to_the_next():
+    """Frames 0, 1, 2 at a step of 2 are frames 0, 2, 4 at a step of 1, which is the default."""
+    assert ModelConfig().frame_step == 1.0
+    wide, plain = (GenTron(ModelConfig(**SMALL, temporal=True, frame_step=step)).double() for step in (2.0, 1.0))
+    plain.load_state_dict(random_weights(wide).state_dict())
+    x, t, text, mask = batch(torch.float64)
+    x = x[:, :3]
+    with torch.no_grad():
+        apart = plain(x, t, text, mask, frame_numbers=torch.tensor([0, 2, 4]))
+        torch.testing.assert_close(wide(x, t, text, mask), apart)
+        assert not torch.allclose(plain(x, t, text, mask), apart)
+
+
 def toy(x, t, text, motion_free):
     """A model whose output says which conditions it was given."""
     toy.rows.append(len(x))
@@ -165,6 +178,23 @@ def test_motion_free_guidance_is_the_formula():
     assert toy.rows == [6]  # three passes, one call
     a, b, c = (toy(x, t, **condition) for condition in (both, motion, neither))
     torch.testing.assert_close(out, c + 7.5 * (a - b) + 1.2 * (b - c))
+
+
+def test_motion_free_guidance_leaves_the_variance_alone_and_has_an_interval_and_a_rescale():
+    x, t = torch.randn(2, 3, 1, 4, 4), torch.full((2,), 500)
+    both, motion, neither = conditions()
+
+    def learned(x, t, text, motion_free):  # one channel more: that of a learned variance
+        shift = (text + 10.0 * motion_free).view(-1, 1, 1, 1, 1)
+        return torch.cat([x * shift.cos(), x + shift], dim=2)
+
+    out = motion_free_guidance(learned, both, motion, neither, 7.5, 1.2, rescale=1.0)(x, t)
+    plain = learned(x, t, **both)
+    torch.testing.assert_close(out[:, :, :1].flatten(1).std(1), plain[:, :, :1].flatten(1).std(1))
+    assert torch.equal(out[:, :, 1:], plain[:, :, 1:]) and not torch.allclose(out[:, :, :1], plain[:, :, :1])
+    for motion_scale in (1.0, 1.2):
+        guided = lambda *interval: motion_free_guidance(learned, both, motion, neither, 7.5, motion_scale, interval=interval)(x, t)
+        assert torch.equal(guided(0.0, 0.4), plain) and not torch.equal(guided(0.5, 0.6), plain)
 
 
 def test_at_lambda_m_one_it_is_classifier_free_guidance_in_two_passes():
