@@ -143,7 +143,7 @@ def test_commands(run, tmp_path, monkeypatch):
     for arguments, message in (
         (["a star", "--sampler", "euler", *common], "--sampler euler: not one of ddpm, ddim, dpm, sde"),
         (["a star", "--checkpoint", run, "--precision", "fp16"], "--precision fp16: not one of auto, fp32, bf16"),
-        (["a star", "--checkpoint", run, "--steps", 2000], "2000 sampling steps asked for, 1 to 1000 are possible"),
+        (["a star", "--checkpoint", run, "--steps", 2000], "--steps 2000: must be from 1 to 1000"),
         ([], "no prompt"),
         (["  "], "no prompt"),
         (["a star"], "no run found in runs/"),

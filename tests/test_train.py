@@ -474,7 +474,7 @@ def test_checkpoints_that_cannot_be_used_are_named(folder, tmp_path, monkeypatch
         with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
             again()
         path.write_bytes(pickle.dumps(Evil()))
-        with pytest.raises(ValueError, match="holds .*Path|no checkpoint in .* can be read"):
+        with pytest.raises(ValueError, match="it holds|no checkpoint in .* can be read"):
             again()
         assert not Path("evil").exists()
         path.write_bytes(good)

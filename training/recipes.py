@@ -83,7 +83,7 @@ PAPER = dict(
     steps=400_000, checkpoint_every=5000, frame_curriculum="0,0,0", own_timesteps=0.0,
 )
 # The demo's, where they differ from the defaults above.
-AUTOENCODER = dict(steps=1000, batch_size=16, lr=2e-3, cooldown=0.5, latent_channels=8)
+AUTOENCODER = dict(steps=1000, batch_size=16, lr=2e-3, cooldown=0.5)
 IMAGE = dict(steps=1200)
 VIDEO = dict(steps=1300, batch_size=16)
 
@@ -119,6 +119,8 @@ def read_flags(stage, arguments, sizes):
             setattr(config, name, value)
     name = run_name(config.data)
     config.steps = config.steps or recipe["steps"]
+    if stage == "autoencoder":
+        config.latent_channels = config.latent_channels or 8
     config.out = config.out or f"runs/{stage}-{name}"
     config.autoencoder = config.autoencoder or f"runs/autoencoder-{name}"
     if stage == "video":

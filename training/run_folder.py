@@ -47,8 +47,9 @@ def claimed(out, resume, overwrite):
             new = {entry.name for entry in out.iterdir()} - before
             if new == {path.name}:
                 path.unlink()
-                for folder in made:
-                    folder.rmdir()
+                with contextlib.suppress(OSError):  # one that is not empty any more stays
+                    for folder in made:
+                        folder.rmdir()
 
 
 def decide(out, file, resume, overwrite):

@@ -271,10 +271,10 @@ def test_a_fingerprint_is_of_names_and_values_and_not_of_their_layout(root):
 
 
 def test_the_size_of_the_latents_is_what_the_disk_holds(root, tmp_path, capsys):
-    out = encode(root, tmp_path / "cache", "--image-size", 1600)
+    out = encode(root, tmp_path / "cache", "--image-size", 800)
     held = sum((out / f"{k:05d}.moments.npy").stat().st_size - 128 for k in range(3))  # without the headers
     assert f"{out}: {COUNT} pictures, whose latents take {held / 2**30:.3f} GiB" in capsys.readouterr().out
-    assert held > 10_000_000
+    assert held > 2_000_000
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(root, whole, tmp_path):
@@ -374,7 +374,7 @@ def test_flags_that_make_no_sense(root, tmp_path):
     out = tmp_path / "cache"
     for flags, message in (
         (("--image-size", 40), "--image-size 40: must be a multiple of 16"),
-        (("--image-size", 0), "--image-size 0: must be a multiple of 16"),
+        (("--image-size", 0), "--image-size 0: must be at least 16"),
         (("--mirror", "yes"), "--mirror yes: not one of auto, true, false"),
         (("--text",), "it goes with --clip DIR"),
         (("--t5", root / "t5"), "it goes with --clip DIR"),

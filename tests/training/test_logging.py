@@ -1,5 +1,7 @@
 """What a run writes down: metrics of all ranks, memory, event files."""
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -48,3 +50,16 @@ def test_event_files_that_cannot_be_written_do_not_stop_a_run(tmp_path, monkeypa
         log(step=step, loss=0.5, lr=1.0)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2]
     assert calls[:2] == [0, ("step", 1, 1)][: max(1, good)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_breaks_the_step_ends_the_run_in_one_line(number):
+    """Ctrl-C reaches a compiler too, or what reads the data: the step fails, after the signal."""
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit, match="stopped within a step .RuntimeError.: --resume goes on"):
+        with logging.StopSignals():
+            os.kill(os.getpid(), number)
+            raise RuntimeError("the compiler was killed")
+    assert signal.getsignal(number) is before
+    with pytest.raises(RuntimeError), logging.StopSignals():  # of an error alone nothing is said
+        raise RuntimeError

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 import train
+from dit import SIZES
 from encoders import weights
 from sample import Pipeline
-from training import checkpoints, run_folder
+from training import checkpoints, recipes, run_folder
 
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = ["--image-size", "32", "--batch-size", "4", "--steps", "6", "--checkpoint-every", "3", "--log-every", "1",
@@ -123,16 +124,16 @@ def test_a_run_may_grow_while_its_learning_rate_does_not_fall(pictures, tmp_path
     assert all(torch.equal(whole[name], grown[name]) for name in whole)
     with pytest.raises(ValueError, match="made with --steps 9; it may change .* to 9 or more"):
         image(pictures, tmp_path / "grown", "--resume", "--steps", "8")
-    image(pictures, tmp_path / "falling", "--cooldown", "0.4")
+    image(pictures, tmp_path / "falling", "--warmup", "0", "--cooldown", "0.4")
     with pytest.raises(ValueError, match="made with --steps 6; it may change until the learning rate falls"):
-        image(pictures, tmp_path / "falling", "--cooldown", "0.4", "--resume", "--steps", "9")
+        image(pictures, tmp_path / "falling", "--warmup", "0", "--cooldown", "0.4", "--resume", "--steps", "9")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(pictures, tmp_path, capsys):
     image(pictures, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "good")
-    for name in ("config.json", ".metadata", "__0_0.distcp"):
-        for damage in ("cut", "gone", "empty"):
+    for name, damages in (("config.json", ["cut", "gone"]), (".metadata", ["cut", "empty"]), ("__0_0.distcp", ["cut", "gone"])):
+        for damage in damages:
             run = tmp_path / f"{name}-{damage}"
             shutil.copytree(tmp_path / "good", run)
             (run / "model.safetensors").unlink()
@@ -194,10 +195,7 @@ def test_a_folder_that_moved_is_the_same_data(pictures, data, tmp_path):
 
 
 def test_folders_of_one_name_have_runs_of_their_own():
-    from training.recipes import read_flags
-    from dit import SIZES
-
-    outs = {read_flags("image", ["--data", path], SIZES).out for path in ("a/train", "b/train", "/c/train", "train", "./train")}
+    outs = {recipes.read_flags("image", ["--data", path], SIZES).out for path in ("a/train", "b/train", "/c/train", "train", "./train")}
     assert outs == {"runs/image-a-train", "runs/image-b-train", "runs/image-c-train", "runs/image-train"}
 
 
@@ -222,8 +220,7 @@ def test_latent_channels_of_an_autoencoder_that_has_others(pictures, tmp_path):
 def test_an_autoencoder_that_was_stopped_goes_on_with_the_same_command(pictures, data, tmp_path, capsys, monkeypatch):
     """As its message says, when the image stage trained it first."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "AUTOENCODER_STEPS", None, raising=False)
-    monkeypatch.setitem(train.read_flags.__globals__["AUTOENCODER"], "steps", 6)
+    monkeypatch.setitem(recipes.AUTOENCODER, "steps", 6)
     command = ["image", "--data", "data", *FLAGS]
     real = train.StopSignals.on_any_rank
     monkeypatch.setattr(train.StopSignals, "on_any_rank", lambda self: True)
