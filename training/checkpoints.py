@@ -28,9 +28,9 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 # Flags that --resume may change: none of them changes what is learned. (Folders are compared by their
 # hashes.)
 FREE = (
-    "out", "resume", "overwrite", "steps", "data", "cache", "clips", "autoencoder", "clip", "t5", "init",
-    "workers", "accumulate", "patience", "log_every", "sample_every", "checkpoint_every", "keep", "device",
-    "precision", "attention", "compile", "checkpointing", "shard", "dry_run",
+    "out", "resume", "overwrite", "steps", "data", "cache", "clips", "autoencoder", "latent_channels", "clip",
+    "t5", "init", "workers", "accumulate", "patience", "log_every", "sample_every", "checkpoint_every",
+    "keep", "device", "precision", "attention", "compile", "checkpointing", "shard", "dry_run",
 )
 HASHED = dict(data="pictures or captions", clips="clips or their captions", tokenizer="captions")
 

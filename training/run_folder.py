@@ -41,15 +41,16 @@ def claimed(out, resume, overwrite):
             write(file, start, finished)
             distributed.gathered([(resume, finished)])
             yield resume, finished, lambda steps: write(file, start, steps)
-        finally:
-            with contextlib.suppress(OSError):  # readers of tar shards, forked, hold the file too
-                fcntl.flock(file, fcntl.LOCK_UN)
-            new = {entry.name for entry in out.iterdir()} - before
-            if new == {path.name}:
+        except BaseException:
+            if {entry.name for entry in out.iterdir()} - before == {path.name}:
                 path.unlink()
                 with contextlib.suppress(OSError):  # one that is not empty any more stays
                     for folder in made:
                         folder.rmdir()
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # readers of tar shards, forked, hold the file too
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def decide(out, file, resume, overwrite):

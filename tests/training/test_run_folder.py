@@ -47,6 +47,10 @@ def test_a_run_is_not_overwritten_unasked(pictures, tmp_path, capsys):
     image(pictures, tmp_path / "run", "--resume")
     assert "run is finished, at 6 steps of 6: nothing to do" in capsys.readouterr().out
     assert content(tmp_path / "run") == before
+    (tmp_path / "run/run.json").unlink()  # as a run of an earlier version: loaded, then known to be finished
+    for steps in ("steps 6…6", "run is finished, at 6 steps of 6"):
+        image(pictures, tmp_path / "run", "--resume")
+        assert steps in capsys.readouterr().out
     image(pictures, tmp_path / "run", "--overwrite", "--steps", "3")
     assert "loses model.safetensors, checkpoints, metrics.jsonl, loss.png, samples" in capsys.readouterr().out
     assert [folder.name for folder in checkpoints.folders(tmp_path / "run")] == ["000003"]
