@@ -1,8 +1,11 @@
 """The noise of a step: unit Gaussian, without repeats, a row's own whoever computes it."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from training.batches import Step
+from data import tar_shards
+from training.batches import Step, TarReader, steps_of
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 4), (3, 5, 7), (2, 8, 4, 4), (1, 1, 1)])
@@ -33,3 +36,20 @@ def test_no_two_rows_steps_or_seeds_share_noise():
     merged = len(first) - len(first.unique())
     expected = sum(len(torch.randn(len(first)).unique()) for _ in range(3)) / 3
     assert merged < 1.5 * (len(first) - expected) + 20
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_damaged_sample_is_told_by_the_rank_that_met_it(pictures, tmp_path, monkeypatch, capsys, rank):
+    """On stderr: the other ranks' stdout leads nowhere. Two ranks of two rows; all pictures but one are damaged later."""
+    tar_shards.main([str(pictures / "data"), str(tmp_path)])
+    dataset = tar_shards.TarShards(tmp_path, 32)
+    raw = bytearray((tmp_path / "00000.tar").read_bytes())
+    for offset, size in dataset.rows[1:, :2]:
+        raw[offset : offset + size] = bytes(size)
+    (tmp_path / "00000.tar").write_bytes(raw)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = SimpleNamespace(seed=0, batch_size=4, accumulate=1, workers=0)
+    names, found, captions = TarReader(dataset, flags)(steps_of(0, 0, 4, 1)[0])
+    told = capsys.readouterr()
+    assert found.shape == (2, 3, 32, 32) and "is left out, another takes its place" in told.err and "left out" not in told.out
