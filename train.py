@@ -29,11 +29,10 @@ from dit import SIZES
 from encoders import autoencoders, weights
 from encoders.autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from evaluation import dry_run
-from training import checkpoints, distributed, models, run_folder, tricks
+from training import checkpoints, distributed, models, recipes, run_folder, tricks
 from training.batches import Step, encode_all, reader_of, share_out, steps_of
 from training.logging import Log, StopSignals, Window, progress
 from training.optimizers import learning_rate, set_learning_rate, update_ema
-from training import recipes
 from training.recipes import numbers, read_flags
 from training.state import TrainingState
 

@@ -6,7 +6,8 @@ A checkpoint holds the weights, their EMA, the optimizers' state, the number of 
 hashes of what the run takes from elsewhere: data, autoencoder, text encoders, tokenizer. It holds no random
 state and no data position: a step draws its batch and its noise from (seed, step) alone. A folder is written
 under another name and renamed when it is whole and on the disk, so no broken one is ever seen. Nothing that
-is read can run code. """
+is read can run code.
+"""
 import json
 import os
 import pickle
@@ -25,8 +26,8 @@ from training.optimizers import learning_rate
 # one process is what it then assumes, rightly
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-# Flags that --resume may change: none of them changes what is learned. (Folders are compared by their
-# hashes.)
+# Flags that --resume may change: but for rounding, what is learned does not depend on them. What the folders
+# hold is compared by hashes.
 FREE = (
     "out", "resume", "overwrite", "steps", "data", "cache", "clips", "autoencoder", "latent_channels", "clip",
     "t5", "init", "workers", "accumulate", "patience", "log_every", "sample_every", "checkpoint_every",
@@ -96,7 +97,8 @@ def check_flags(run, flags):
     before = saved["config"]
     for name, value in flags.items():
         if name not in FREE and before.get(name, value) != value:
-            raise ValueError(f"--resume: {run} was made with --{dashed(name)} {before[name]}, not {value}")
+            was, now = (str(x).lower() if isinstance(x, bool) else x for x in (before[name], value))
+            raise ValueError(f"--resume: {run} was made with --{dashed(name)} {was}, not {now}")
     rates = lambda steps: [
         learning_rate(step, steps, flags["warmup"], flags["cooldown"]) for step in range(saved["step"])
     ]

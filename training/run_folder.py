@@ -1,7 +1,8 @@
 """A run's folder: one command at a time trains in it, and nothing in it is overwritten unasked.
 
 RUN/run.json is locked while a command trains there; the system unlocks it when the process ends, however it
-ends. It says which start of torchrun trains there, and how many steps the run had when it was finished. """
+ends. It says which start of torchrun trains there, and how many steps the run had when it was finished.
+"""
 import contextlib
 import fcntl
 import json
@@ -58,8 +59,7 @@ def decide(out, file, resume, overwrite):
     file.seek(0)
     text = file.read()
     before = json.loads(text) if text.endswith("}") else {}  # a process may die while it writes
-    # torchrun outlives its workers. A worker that it starts again finds this start in the file, or another's
-    # run
+    # torchrun outlives its workers: only a run of its own has the same start in the file
     start = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
     own = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and before.get("start") == start
     has_model, has_checkpoints = (out / "model.safetensors").exists(), bool(checkpoints.folders(out))

@@ -117,6 +117,8 @@ def test_flags_that_change_what_is_learned_cannot_change(pictures, tmp_path):
         flag = f"--{name.replace('_', '-')}"
         with pytest.raises(ValueError, match=f"was made with {flag} .*, not "):
             image(pictures, tmp_path / "run", "--resume", flag, value)
+    with pytest.raises(ValueError, match="made with --qk-norm true, not false"):  # as one would type it
+        image(pictures, tmp_path / "run", "--resume", "--qk-norm", "false")
 
 
 def test_a_run_may_grow_while_its_learning_rate_does_not_fall(pictures, tmp_path):
