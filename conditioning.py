@@ -9,7 +9,8 @@ number k modulo the number of encoders; in c, the pooled texts of all encoders a
 
 Ours, where the paper is silent:
 - The *null text* of classifier-free guidance (Ho & Salimans 2022) is a few learned tokens in each encoder's
-  width. It is defined in TextCondition and nowhere else, so training and sampling share it.
+  width. It is defined in TextCondition and nowhere else, so training and sampling share it. It is projected
+  once a batch, beside the captions, and a mask chooses. An empty caption is the null text too.
 - T5's tokens are pooled by their mean. CLIP's are pooled by taking the last one, the end of the text, which
   CLIP's own training made the summary of the text.
 - Cross-attention is a plain pre-norm residual branch without a gate, as in PixArt-α.
@@ -17,16 +18,25 @@ Ours, where the paper is silent:
 Letters: B batch, F frames, N image tokens a frame, L text tokens, M null tokens, E width of an encoder, D
 width, c the adaLN vector. Masks are boolean: True = a token, False = padding.
 """
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from attention import MultiHeadAttention
 
 
+class Text(NamedTuple):
+    """What the blocks read of one encoder: captions, and beside them the null text. The mask chooses."""
+
+    tokens: torch.Tensor  # (B, L, E), of the captions
+    null: torch.Tensor  # (M, E)
+    mask: torch.Tensor  # (B, L + M), True = attend
+
+
 def modulate(x, shift, scale):
-    """adaLN: x (B, F, N, D); shift and scale (B, F or 1, 1, D), the same at every position → (B, F, N, D)."""
-    return x * (1 + scale) + shift
+    """adaLN: x · (1 + scale) + shift; x (B, F, N, D), shift and scale (B, F or 1, 1, D) → (B, F, N, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class CrossAttention(nn.Module):
@@ -39,10 +49,15 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.attention = MultiHeadAttention(width, heads, text_width, qk_norm)
 
-    def forward(self, x, text, mask):
-        """x (B, F, N, D), text (B, L, E), mask (B, L), True = attend → x plus the branch, (B, F, N, D)."""
+    def forward(self, x, text, kept=None):
+        """x (B, F, N, D), text: a Text → x plus the branch, (B, F, N, D). kept: a dictionary that keeps keys
+        and values for further calls with the same text, as a sampler makes them."""
+        kept = {} if kept is None else kept
+        if self not in kept:
+            null = self.attention.kv(text.null).expand(len(x), -1, -1)  # (B, M, 2·D)
+            kept[self] = torch.cat([self.attention.kv(text.tokens), null], dim=1)  # (B, L + M, 2·D)
         y = self.norm(x).flatten(1, 2)  # (B, F·N, D)
-        y = self.attention(y, text, mask[:, None, None, :])  # (B, F·N, D)
+        y = self.attention(y, kept[self], text.mask[:, None, None, :])  # (B, F·N, D)
         return x + y.view_as(x)  # (B, F, N, D)
 
 
@@ -63,23 +78,8 @@ def last_token(text, mask):
 POOLING = {"mean": masked_mean, "last": last_token}
 
 
-def drop_captions(text, mask, dropped, null):
-    """The caption, or the null text where `dropped` is True.
-
-    text (B, L, E), mask (B, L), dropped (B,), null (M, E). Returns both, with max(L, M) tokens."""
-    M = len(null)
-    longest = max(M, text.shape[1])
-    text = F.pad(text, (0, 0, 0, longest - text.shape[1]))  # (B, max(L, M), E)
-    mask = F.pad(mask, (0, longest - mask.shape[1]))  # (B, max(L, M))
-    null = F.pad(null, (0, 0, 0, longest - M))  # (max(L, M), E)
-    null_mask = torch.arange(longest, device=mask.device) < M  # (max(L, M),)
-    text = torch.where(dropped[:, None, None], null, text)
-    mask = torch.where(dropped[:, None], null_mask, mask)
-    return text, mask
-
-
 class TextCondition(nn.Module):
-    """Encoded captions → tokens for cross-attention, their masks, and a vector for adaLN.
+    """Encoded captions → a Text of each encoder for cross-attention, and a vector for adaLN.
 
     text_widths: E of each encoder. width: D. null_tokens: M of each encoder. pooling: "mean" or "last", for
     each encoder. ValueError if the three lists differ in length."""
@@ -99,14 +99,17 @@ class TextCondition(nn.Module):
 
     def forward(self, texts, masks, dropped):
         """texts: (B, L, E) of each encoder; masks: (B, L) of each; dropped (B,): True = the null text
-        instead. Returns texts and masks, lists with one entry an encoder, and the vector (B, D)."""
-        tokens, token_masks, vector = [], [], 0
+        instead. Returns a Text for each encoder, in a list, and the vector (B, D)."""
+        found, vector = [], 0
         for text, mask, null, pooling, mlp in zip(texts, masks, self.null, self.pooling, self.pool):
-            text, mask = drop_captions(text.to(null.dtype), mask, dropped, null)
-            tokens.append(text)
-            token_masks.append(mask)
-            vector = vector + mlp(pooling(text, mask))  # (B, D)
-        return tokens, token_masks, vector
+            text = text.to(null.dtype)
+            without = (dropped | ~mask.any(1)).unsqueeze(1)  # (B, 1)
+            attended = torch.cat([mask & ~without, without.expand(-1, len(null))], dim=1)  # (B, L + M)
+            found.append(Text(text, null, attended))
+            of_captions = mlp(pooling(text, mask))  # (B, D)
+            of_null = mlp(pooling(null.unsqueeze(0), mask.new_ones(1, len(null))))  # (1, D)
+            vector = vector + torch.where(without, of_null, of_captions)  # (B, D)
+        return found, vector
 
 
 class LabelCondition(nn.Module):
@@ -118,6 +121,6 @@ class LabelCondition(nn.Module):
 
     def forward(self, labels, mask, dropped):
         """labels (B,), integers in 0…classes-1; mask is not used; dropped (B,): True = the null label
-        instead. Returns no tokens, no masks, and the vector (B, D)."""
+        instead. Returns no text, and the vector (B, D)."""
         null = self.table.num_embeddings - 1
-        return [None], [None], self.table(torch.where(dropped, null, labels))
+        return [None], self.table(torch.where(dropped, null, labels))

@@ -35,13 +35,6 @@ def expand(values, x):
     return values.view(*values.shape, *[1] * (x.ndim - values.ndim))
 
 
-def look_up(table, t):
-    """The values of a float64 table at timesteps t, on their device; in float32 where that has no float64."""
-    if t.device.type == "mps":  # Apple's GPUs
-        table = table.float()
-    return table.to(t.device)[t]
-
-
 class Diffusion:
     """The noise schedule and the target.
 
@@ -74,10 +67,20 @@ class Diffusion:
         self.steps = steps
         self.spacing = spacing
         self.alpha_bar = (1 - beta).cumprod(0)  # (steps,) float64
+        self.tables = {}  # ᾱ on each device: no step waits for a copy
+
+    def alpha_bar_at(self, t, x):
+        """ᾱ of timesteps t (B,) or (B, F), of which -1 is the clean latent, with as many dimensions as x. In
+        float64; on Apple's GPUs, which have none, in float32."""
+        if t.device not in self.tables:
+            dtype = torch.float32 if t.device.type == "mps" else torch.float64
+            table = torch.cat([self.alpha_bar, torch.ones(1)])  # index -1: clean
+            self.tables[t.device] = table.to(t.device, dtype)
+        return expand(self.tables[t.device][t], x)
 
     def alpha_sigma(self, t, x):
         """α_t and σ_t of timesteps t (B,) or (B, F), with as many dimensions as x, in its dtype."""
-        alpha_bar = expand(look_up(self.alpha_bar, t), x)
+        alpha_bar = self.alpha_bar_at(t, x)
         return alpha_bar.sqrt().to(x.dtype), (1 - alpha_bar).sqrt().to(x.dtype)
 
     def add_noise(self, x0, noise, t):
@@ -164,7 +167,7 @@ def ddpm(model, diffusion, x, steps, generators):
     times = diffusion.timesteps(steps)
     for t, s in zip(times, times[1:] + [-1]):
         x0, _, extra = predict(model, diffusion, x, t)
-        now, then = torch.tensor([t], device=x.device), torch.tensor([s], device=x.device)
+        now, then = (torch.full((1,), step, device=x.device) for step in (t, s))
         mean, low, high = reverse_step(diffusion, x0, x, now, then)
         if s < 0:
             return mean
@@ -180,7 +183,7 @@ def ddim(model, diffusion, x, steps, generators=None):
         x0, noise, _ = predict(model, diffusion, x, t)
         if s < 0:
             return x0
-        x = diffusion.add_noise(x0, noise, torch.tensor([s], device=x.device))
+        x = diffusion.add_noise(x0, noise, torch.full((1,), s, device=x.device))
 
 
 def alpha_sigma_lambda(diffusion, t):
@@ -330,9 +333,7 @@ def rescaled(guided, plain, share):
 def reverse_step(diffusion, x0, x, t, s):
     """q(x_s | x_t, x_0) for s < t: its mean (B, C, h, w) and the two bounds of its log-variance, log β̃ and
     log β (Ho et al. 2020, equations 6 and 7). t and s (B,) or (B, F); s = -1 is the clean latent."""
-    alpha_bar = torch.cat([diffusion.alpha_bar, torch.ones(1, dtype=torch.float64)])  # index -1: clean
-    now = expand(look_up(alpha_bar, t), x)
-    then = expand(look_up(alpha_bar, s), x)
+    now, then = diffusion.alpha_bar_at(t, x), diffusion.alpha_bar_at(s, x)
     beta = 1 - now / then
     of_x0 = (then.sqrt() * beta / (1 - now)).to(x)
     of_x = ((1 - beta).sqrt() * (1 - then) / (1 - now)).to(x)

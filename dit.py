@@ -151,20 +151,20 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(D, config.mlp_ratio)
 
-    def forward(self, x, c, text, text_mask, positions=None, temporal_mask=None):
-        """x (B, F, N, D); c (B, F or 1, D); text (B, L, E); text_mask (B, L), True = attend; of a video
-        model, positions (B, F, D) and temporal_mask (B·N, 1, F, F) of temporal.py. Returns (B, F, N, D)."""
+    def forward(self, x, c, text, kept=None, positions=None, temporal_mask=None):
+        """x (B, F, N, D); c (B, F or 1, D); text and kept: as in conditioning.py; of a video model, positions
+        (B, F, D) and temporal_mask (B·N, 1, F, F), None: all True, of temporal.py. Returns (B, F, N, D)."""
         modulation = self.modulation(c).unsqueeze(2)  # (B, F or 1, 1, 6·D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  # (B, F or 1, 1, D) each
         y = modulate(self.norm1(x), shift1, scale1)
         y = self.self_attention(y.flatten(0, 1))  # (B·F, N, D)
-        x = x + gate1 * y.view_as(x)  # (B, F, N, D)
+        x = torch.addcmul(x, gate1, y.view_as(x))  # x + gate1 · y, (B, F, N, D)
         if self.cross_attention is not None:
-            x = self.cross_attention(x, text, text_mask)
+            x = self.cross_attention(x, text, kept)
         if self.temporal is not None:
             x = self.temporal(x, positions, temporal_mask)
         y = self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x + gate2 * y  # (B, F, N, D)
+        return torch.addcmul(x, gate2, y)  # x + gate2 · y, (B, F, N, D)
 
 
 class FinalLayer(nn.Module):
@@ -204,7 +204,9 @@ class GenTron(nn.Module):
         self.temporal = FrameEmbedding(config.width) if config.temporal else None
         initialise(self)
 
-    def forward(self, x, t, text, text_mask=None, dropped=None, motion_free=None, frame_numbers=None):
+    def forward(
+        self, x, t, text, text_mask=None, dropped=None, motion_free=None, frame_numbers=None, kept=None
+    ):
         """The network's output, (…, out_channels, h, w). ValueError if P does not divide h and w.
 
         x            (B, C, h, w) noisy latents of pictures, or (B, F, C, h, w) of clips
@@ -213,15 +215,13 @@ class GenTron(nn.Module):
         text_mask    (B, L) for each encoder, True = a token
         dropped      (B,) True = the null condition in place of text; None: nowhere
         motion_free  (B,) True = each frame attends to itself alone; None: nowhere
-        frame_numbers  (F,) which frames of a clip these are; None: the first F"""
+        frame_numbers  (F,) which frames of a clip these are; None: the first F. kept: as in CrossAttention"""
         clip = x if x.ndim == 5 else x.unsqueeze(1)  # (B, F, C, h, w)
         B, F, _, h, w = clip.shape
         P, D = self.config.patch, self.config.width
         nowhere = torch.zeros(B, dtype=torch.bool, device=x.device)
-        dropped = nowhere if dropped is None else dropped
-        motion_free = nowhere if motion_free is None else motion_free
 
-        texts, masks, pooled = self.condition(text, text_mask, dropped)  # (B, L, E) and (B, L) each; (B, D)
+        texts, pooled = self.condition(text, text_mask, nowhere if dropped is None else dropped)  # …, (B, D)
         c = self.time(t).view(B, -1, D) + pooled.unsqueeze(1)  # (B, F or 1, D)
 
         y = self.patch_embedding(patchify(clip.flatten(0, 1), P))  # (B·F, N, D)
@@ -232,13 +232,14 @@ class GenTron(nn.Module):
         if self.temporal is not None:
             numbers = torch.arange(F, device=x.device) if frame_numbers is None else frame_numbers
             positions = sincos(self.config.frame_step * numbers, D).to(c.dtype)  # (F, D)
-            c = c + self.temporal(positions, motion_free)  # (B, F, D)
-            positions = positions * ~motion_free[:, None, None]  # (B, F, D)
-            temporal_mask = motion_free_mask(motion_free, F, y.shape[2])  # (B·N, 1, F, F)
+            if motion_free is not None:
+                temporal_mask = motion_free_mask(motion_free, F, y.shape[2])  # (B·N, 1, F, F)
+            moving = ~(nowhere if motion_free is None else motion_free)[:, None, None]  # (B, 1, 1)
+            c = c + self.temporal(positions, moving)  # (B, F, D)
+            positions = positions * moving  # (B, F, D)
 
         for k, block in enumerate(self.blocks):
-            encoder = k % len(texts)  # the blocks take turns
-            inputs = y, c, texts[encoder], masks[encoder], positions, temporal_mask
+            inputs = y, c, texts[k % len(texts)], kept, positions, temporal_mask  # the encoders take turns
             y = checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
 
         y = self.final(y, c).flatten(0, 1)  # (B·F, N, P·P·out_channels)

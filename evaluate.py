@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from attention import choose_attention
 from common import figures
 from common.files import newest_run
 from common.flags import SEEDS, dashed, flag, read, run_command
@@ -181,7 +180,6 @@ def main(arguments):
     device = device_of(flags.device)
     model = Pipeline.load(run, clip=flags.clip, t5=flags.t5).to(device)
     model.precision = precision_of(flags.precision, device, model.trained_in)
-    choose_attention(model, "auto", device)
     if flags.video and model.config["flags"].get("clips") not in (None, "shapes"):
         raise ValueError(f"{run} was trained on clips from a folder; --video judges clips of shapes")
     if flags.video != model.transformer.config.temporal:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from attention import choose_attention
+from attention import use_attention
 from common.figures import to_bytes
 from common.files import FORMAT, check_format, newest_run
 from common.flags import SEEDS, flag, read, run_command
@@ -74,12 +74,17 @@ class Pipeline(nn.Module):
         """What hardware.precision_of takes: which processor trained this model, in which precision."""
         return dict(processor=self.config.get("processor"), precision=self.config["flags"].get("precision"))
 
-    def encode_text(self, captions):
-        """List of B captions → for each encoder its vectors (B, L, E), and a mask (B, L), True = a token."""
+    def tokenize(self, captions):
+        """List of B captions → for each encoder its tokens (B, L), and a mask (B, L), True = a token."""
+        return [tokenizer(captions) for tokenizer in self.tokenizers]
+
+    def encode_text(self, text):
+        """The result of `tokenize` → each encoder's vectors (B, L, E), and masks, in a list each. What is
+        vectors already, from a cache, stays."""
         texts, masks = [], []
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders):
-            tokens, mask = (part.to(self.device) for part in tokenizer(captions))  # (B, L) each
-            texts.append(encoder(tokens, mask))
+        for encoder, (tokens, mask) in zip(self.text_encoders, text):
+            tokens, mask = tokens.to(self.device), mask.to(self.device)
+            texts.append(tokens if tokens.is_floating_point() else encoder(tokens, mask))
             masks.append(mask)
         return texts, masks
 
@@ -114,9 +119,12 @@ class Pipeline(nn.Module):
     def guided(self, prompts, lambda_t, lambda_m, rescale, interval):
         """The model(x, t) that a sampler calls: the transformer under guidance."""
         with products_in(self.precision, self.device):
-            texts, masks = self.encode_text(prompts)
+            texts, masks = self.encode_text(self.tokenize(prompts))
+
+        kept = {}  # keys and values of the texts, by the number of rows that guidance makes of the batch
 
         def predict(x, t, **condition):
+            condition["kept"] = kept.setdefault(len(x), {})
             with products_in(self.precision, self.device):
                 return self.transformer(x, t, **condition).to(x.dtype)  # guidance and sampler compute in fp32
 
@@ -220,7 +228,7 @@ def main(arguments):
     device = device_of(flags.device)
     model = Pipeline.load(folder, clip=flags.clip, t5=flags.t5).to(device)
     model.precision = precision_of(flags.precision, device, model.trained_in)
-    choose_attention(model, flags.attention, device)
+    use_attention(model, flags.attention)
     clips, into_folder = model.transformer.config.temporal, flags.prompts and not flags.grid
     prompt_lists.check_flags(flags, given, clips)
     out = prompt_lists.output_of(flags.out, into_folder, clips, flags.fps)

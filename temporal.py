@@ -40,9 +40,9 @@ class FrameEmbedding(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, positions, motion_free):
-        """positions (F, D), motion_free (B,) → (B, F, D), zero in motion-free samples."""
-        return self.mlp(positions) * ~motion_free[:, None, None]
+    def forward(self, positions, moving):
+        """positions (F, D); moving (B, 1, 1), False in motion-free samples → (B, F, D), zero in those."""
+        return self.mlp(positions) * moving
 
 
 class TempSelfAttn(nn.Module):
@@ -55,7 +55,7 @@ class TempSelfAttn(nn.Module):
 
     def forward(self, x, positions, mask):
         """x (B, F, N, D); positions (B, F, D), added after the LayerNorm, zero in motion-free samples; mask
-        (B·N, 1, F, F), True = attend → x plus the branch, (B, F, N, D)."""
+        (B·N, 1, F, F), True = attend, or None: all True → x plus the branch, (B, F, N, D)."""
         B, F, N, D = x.shape
         y = self.norm(x) + positions.unsqueeze(2).to(x.dtype)  # (B, F, N, D)
         y = y.transpose(1, 2).reshape(B * N, F, D)  # (b f) n d → (b n) f d

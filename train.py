@@ -11,9 +11,9 @@ training/recipes.py. Under torchrun many processes share the work (training/dist
 Letters: B batch, F frames, K frames seen by a step, C latent channels, x0 clean latent, t timestep.
 """
 import json
-import math
 import shlex
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from common import figures
 from common.figures import from_bytes, to_bytes
 from common.files import FORMAT, print_left_out
 from common.flags import run_command
+from common.flops import outline as outline_of
 from common.hardware import DTYPES, device_of, matmul_rate, precision_of, products_in
 from data import clips, folder
 from data.tar_shards import TarShards
@@ -30,50 +31,50 @@ from encoders import autoencoders, weights
 from encoders.autoencoder import Autoencoder, AutoencoderConfig, check_scale, psnr
 from evaluation import dry_run
 from training import checkpoints, distributed, models, recipes, run_folder, tricks
-from training.batches import Step, encode_all, reader_of, share_out, steps_of
+from training.batches import Captions, Step, ahead, encode_all, reader_of, share_out, step_flops, steps_of
 from training.logging import Log, StopSignals, Window, progress
-from training.optimizers import learning_rate, set_learning_rate, update_ema
+from training.optimizers import clip_and_step, learning_rate, update_ema
 from training.recipes import numbers, read_flags
 from training.state import TrainingState
 
 # --------------------------------------------------------------------------------------------------- the loss
 
 
-def diffusion_loss(model, x0, text, step, group, flags, motion_free=None, frame_numbers=None):
-    """The diffusion loss of a batch.
-
-    model: a Pipeline. x0 (B, [F,] C, h, w): clean latents. text: a list of B captions, or the (texts, masks)
-    of Pipeline.encode_text. step: the Step that the batch belongs to; each `group` neighbours in it share
-    timestep and caption dropout. motion_free (B,), frame_numbers (F,): as in dit.py. Returns losses (B,) and
-    noise levels (B,) in 0…1, for the log."""
+def draw(step, shape, group, flags, diffusion):
+    """What is random in the loss of a batch: t (B,) or (B, F), dropped (B,) and noise (B, *shape). shape:
+    ([F,] C, h, w) of x0. Each `group` neighbours in the batch share t and dropped."""
     generator = step.generator("loss")
-    t = model.diffusion.random_timesteps(step.count, generator)
-    if x0.ndim == 5 and flags.own_timesteps:
-        t = tricks.own_timesteps(t, x0.shape[1], flags.own_timesteps, model.diffusion, generator)
-    t = tricks.in_groups(t, group, step.rows)  # (B,) or (B, F)
-    levels = t.view(len(t), -1).float().mean(1) / model.diffusion.steps  # (B,), for the log
+    t = diffusion.random_timesteps(step.count, generator)
+    if len(shape) == 4 and flags.own_timesteps:
+        t = tricks.own_timesteps(t, shape[0], flags.own_timesteps, diffusion, generator)
     dropped = torch.rand(step.count, generator=generator) < flags.caption_dropout
-    dropped = tricks.in_groups(dropped, group, step.rows).to(model.device)  # (B,)
-    noise = step.noise(x0.shape[1:], model.device)  # (B, [F,] C, h, w)
-    if isinstance(text, list):
-        texts, masks = model.encode_text(text)
-    else:
-        texts, masks = ([tensor.to(model.device) for tensor in part] for part in text)
+    t, dropped = (tricks.in_groups(values, group, step.rows) for values in (t, dropped))
+    return dict(t=t, dropped=dropped, noise=step.noise(shape))
 
-    def predict(x, t):
-        return model.transformer(x, t, texts, masks, dropped, motion_free, frame_numbers)
 
-    return model.diffusion.loss(predict, x0.to(model.device), t.to(model.device), noise), levels
+def diffusion_loss(model, batch):
+    """The diffusion loss of a batch. model: a Pipeline. batch: a dictionary of x0, clean latents (B, [F,] C,
+    h, w) or pictures (B, 3, H, W) uint8; text, as Pipeline.encode_text takes it; what `draw` gives; and
+    `clips`, motion_free (B,) and frame_numbers (F,), as in dit.py, or nothing. Returns losses (B,) and noise
+    levels (B,) in 0…1, for the log."""
+    x0, t = batch["x0"], batch["t"]  # t (B,) or (B, F)
+    if x0.dtype == torch.uint8:
+        with torch.no_grad():
+            x0 = model.autoencoder.encode(from_bytes(x0))
+    texts, masks = model.encode_text(batch["text"])
+    predict = lambda x, t: model.transformer(x, t, texts, masks, batch["dropped"], **batch["clips"])
+    losses = model.diffusion.loss(predict, x0, t, batch["noise"])  # (B,)
+    levels = t.view(len(t), -1).float().mean(1) / model.diffusion.steps  # (B,)
+    return losses, levels
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 
 
-def fit(flags, model, hashes, read, batch_loss, preview, save, again="the same command and --resume"):
-    """The loop of all stages.
-
-    hashes: {name: text} of data and frozen parts, which a resumed run must find as they were. read(step) → a
-    batch, whose first item names its samples. batch_loss(batch, step) → losses (B,) and noise levels (B,) or
+def fit(flags, model, outline, hashes, read, batch_loss, preview, save, again="this command and --resume"):
+    """The loop of all stages. outline: the model without values, for its FLOPs. hashes: {name: text} of data
+    and frozen parts, which a resumed run must find as they were. read(step) → a batch: a dictionary of
+    tensors, whose "names" name its samples. batch_loss(model, batch) → losses (B,) and noise levels (B,) or
     None. preview() → a picture of what the model does now. save(state) writes the model from whole tensors.
     again: how a stopped run goes on. ValueError after --patience steps in a row without a finite gradient."""
     run, device = Path(flags.out), next(model.parameters()).device
@@ -82,40 +83,39 @@ def fit(flags, model, hashes, read, batch_loss, preview, save, again="the same c
     first = state.load() if flags.resume else 0
     averaging = distributed.Averaging(model)
     log = Log(run, first)
-    parts = lambda number: steps_of(flags.seed, number, flags.batch_size, flags.accumulate)
-    flops = state.flops(read, batch_loss, parts(first)[0], averaging)
+    parts = (part for number in range(first, flags.steps) for part in steps_of(flags, number))
+    flops = step_flops(outline, batch_loss, read, steps_of(flags, first))
     rate = matmul_rate(device, DTYPES[flags.precision])
-    window = Window(flags.accumulate * flops, rate, flags.batch_size, device)
+    window = Window(flops, rate, flags.batch_size, flags.patience, device)
     bar = progress(f"{run}: {state.size()}, {flags.precision} products", first, flags.steps)
-    with StopSignals() as signals:
+    with StopSignals() as signals, closing(ahead(read, parts, device)) as batches:
         for number in bar:
             # forward and backward, in parts if --accumulate
-            for k, step in enumerate(parts(number)):
+            for k in range(flags.accumulate):
                 with window.waiting():
-                    batch = read(step)
+                    batch = next(batches)
                 with products_in(flags.precision, device):
-                    losses, levels = batch_loss(batch, step)
+                    losses, levels = batch_loss(model, batch)
                 averaging.enable(k == flags.accumulate - 1)
                 (losses.float().mean() / flags.accumulate).backward()
-                window.add(losses.float().detach(), levels, batch[0])
+                window.add(losses.float().detach(), levels, batch["names"])
             averaging.wait()
-            # clip, step, average; a gradient that is not finite, on any process, changes nothing
-            norm = state.clip_gradient()
+            # clip, step, average; a gradient that is not finite, on any process, changes no weight
+            norm = state.gradient_norm()
             lr = flags.lr * learning_rate(number, flags.steps, flags.warmup, flags.cooldown)
-            done = number + 1
-            if math.isfinite(norm):
-                for optimizer in state.optimizers:
-                    set_learning_rate(optimizer, lr)
-                    optimizer.step()
-                update_ema(state.ema, state.weights, flags.ema, number)
+            for optimizer in state.optimizers:
+                clip_and_step(optimizer, lr, norm, flags.max_norm)
+            update_ema(state.ema, state.weights, flags.ema, number)
             model.zero_grad(set_to_none=True)
-            window.end_step(norm, done, log, flags.patience)
+            done = number + 1
+            window.end_step(norm, done, log)
             # log, checkpoint, stop, preview
-            stopped = signals.on_any_rank()
+            stopped = signals.on_any_rank(done)
             last = done == flags.steps or stopped
             if done % flags.log_every == 0 or last:
-                window.write(log, bar, done, norm, lr)
+                window.write(log, bar, done, lr)
             if done % flags.checkpoint_every == 0 or last:
+                window.look(log)
                 state.save(done)
                 state.export(save, log)
             if stopped and done < flags.steps:
@@ -142,20 +142,22 @@ def train_autoencoder(flags, **more):
     device = device_of(flags.device)
     torch.manual_seed(flags.seed)
     model = Autoencoder(AutoencoderConfig(flags.latent_channels)).to(device)
-    pictures = lambda indices: from_bytes(dataset.pictures(indices)).to(device)
-    some = pictures(Step(flags.seed, 0, slice(0, 512), 512).indices(len(dataset)))
+    some = dataset.pictures(Step(flags.seed, 0, slice(0, 512), 512).indices(len(dataset)))
+    some = from_bytes(some).to(device)
     model.start_from(some)
     fresh = flags.data == "shapes"
     check = folder.load("shapes", flags.image_size, flags.seed + 1) if fresh else dataset
     check = from_bytes(check.pictures(range(min(256, len(check))))).to(device)
 
+    side = flags.image_size // model.factor
+
     def read(step):
         indices = step.indices(len(dataset))
-        return indices.tolist(), pictures(indices)
+        noise = step.noise((flags.latent_channels, side, side))
+        return dict(names=indices, pictures=dataset.pictures(indices), noise=noise)
 
-    def batch_loss(batch, step):
-        side = flags.image_size // model.factor
-        return model.loss(batch[1], step.noise((flags.latent_channels, side, side), device)), None
+    def batch_loss(model, batch):
+        return model.loss(from_bytes(batch["pictures"]), batch["noise"]), None
 
     @torch.no_grad()
     def preview():
@@ -167,7 +169,8 @@ def train_autoencoder(flags, **more):
         metadata = dict(config=json.dumps(config), format=str(FORMAT))
         weights.write(f"{flags.out}/model.safetensors", state, metadata)
 
-    log = fit(flags, model, models.hashes_of(data=dataset), read, batch_loss, preview, save, **more)
+    parts = outline_of(model), models.hashes_of(data=dataset), read, batch_loss, preview, save
+    log = fit(flags, model, *parts, **more)
     model.calibrate(some)
     save(model.state_dict(), finished=True)
     check_scale(model.encode(check))
@@ -203,21 +206,19 @@ def train_image(flags):
         model = models.continued_image_model(flags, dataset)
     else:
         model = models.new_image_model(flags, dataset, autoencoder_of(flags, dataset))
-    hashes = models.hashes_of(model, data=dataset)
+    hashes, outline = models.hashes_of(model, data=dataset), outline_of(model)
     models.place(model, flags)
-    read = reader_of(flags, model, dataset)
+    samples = reader_of(flags, model, dataset)
 
-    def batch_loss(batch, step):
-        _, x0, text = batch
-        if x0.dtype == torch.uint8:  # pictures of tar shards
-            with torch.no_grad():
-                x0 = model.autoencoder.encode(from_bytes(x0.to(model.device)))
-        return diffusion_loss(model, x0, text, step, dataset.group, flags)
+    def read(step):
+        names, x0, text = samples(step)
+        random = draw(step, model.latent_shape(), dataset.group, flags, model.diffusion)
+        return dict(names=names, x0=x0, text=text, clips={}, **random)
 
     prompts = models.some_captions(dataset, 16)
     preview = lambda: figures.grid(model.generate(prompts), prompts)
     save = lambda state: model.save(f"{flags.out}/model.safetensors", state)
-    fit(flags, model, hashes, read, batch_loss, preview, save)
+    fit(flags, model, outline, hashes, read, diffusion_loss, preview, save)
     print(f"image model → {flags.out}. Now: {hint(flags.out, prompts[0])}")
 
 
@@ -234,11 +235,12 @@ def train_video(flags):
     stills = folder.load(flags.data, flags.image_size, flags.seed)
     model = models.new_video_model(flags, image, films.captions)
     del image
-    hashes = models.hashes_of(model, data=stills, clips=films)
+    hashes, outline = models.hashes_of(model, data=stills, clips=films), outline_of(model)
     models.place(model, flags)
     moving = encode_all(model.autoencoder, len(films), films.clips, 32)  # (N, F, C, h, w)
     still = encode_all(model.autoencoder, len(stills), stills.pictures, 256)  # (N, C, h, w)
     group = max(films.group, stills.group)
+    text = Captions(model.tokenize, [*films.captions, *stills.captions])
     share = flags.p_motion_free if flags.joint else 0.0
     curriculum = numbers(flags, "frame_curriculum", 3)
 
@@ -251,20 +253,16 @@ def train_video(flags):
         free = tricks.in_groups(torch.rand(step.count, generator=generator) < share, group, step.rows)  # (B,)
         repeated = still[b].unsqueeze(1).expand(-1, len(seen), -1, -1, -1)  # (B, K, C, h, w)
         x0 = torch.where(free.view(-1, 1, 1, 1, 1), repeated, moving[a][:, seen])  # (B, K, C, h, w)
-        captions = [films.captions[i] for i in a]
-        for row in free.nonzero().flatten():
-            captions[row] = stills.captions[b[row]]
-        return a.tolist(), x0, captions, free, seen, step
-
-    def batch_loss(batch, _):
-        _, x0, captions, free, seen, step = batch
-        motion_free = free.to(model.device) if flags.joint and flags.motion_free_mask else None
-        return diffusion_loss(model, x0, captions, step, group, flags, motion_free, seen.to(model.device))
+        captions = text(torch.where(free, len(moving) + b, a))  # of the pictures or the clips
+        random = draw(step, x0.shape[1:], group, flags, model.diffusion)
+        motion_free = free if flags.joint and flags.motion_free_mask else None
+        of_clips = dict(motion_free=motion_free, frame_numbers=seen)
+        return dict(names=a, x0=x0, text=captions, clips=of_clips, **random)
 
     prompts = films.captions[:8]
     preview = lambda: figures.sheet(model.generate(prompts), prompts)
     save = lambda state: model.save(f"{flags.out}/model.safetensors", state)
-    fit(flags, model, hashes, read, batch_loss, preview, save)
+    fit(flags, model, outline, hashes, read, diffusion_loss, preview, save)
     print(f"video model → {flags.out}. Now: {hint(flags.out, prompts[0])}")
 
 

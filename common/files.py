@@ -42,12 +42,12 @@ def print_left_out(skipped, used, most=20):
         print(f"  … and {len(skipped) - most} more")
 
 
-FORMAT = 1  # of models and checkpoints: what their tensors and settings are called
+FORMAT = 2  # of models and checkpoints: what their tensors and settings are called
 
 
 def check_format(path, number):
     """ValueError, naming the file, unless this code reads the format `number` (None: a file without one)."""
-    if number is None:
+    if str(number) in ("None", "1"):
         raise ValueError(f"{path} was made by an earlier version of this code: train it again")
     if not str(number).isdecimal() or int(number) > FORMAT:
         raise ValueError(f"{path} has format {number}; this code reads up to {FORMAT}")

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -164,13 +165,24 @@ def read_folder(folder, entries, suffixes, read, flag, what):
     unknown = set(entries).difference(candidates, (path for path, _, _ in captioned))
     unknown = [path for path in unknown if not is_text(path)]
     found, skipped = [], by_extension(folder, unknown, f"no kind of {what} that can be read")
-    for path, caption, problem in tqdm(captioned, desc=f"reading {folder}", disable=None, leave=False):
+
+    def attempt(entry):
+        path, caption, problem = entry
         try:
             if problem:
                 raise ValueError(problem)
-            found.append((tidy(caption), read(path)))
+            return tidy(caption), read(path), None
         except ValueError as reason:
-            skipped.append((Path(printable(path)), printable(reason)))
+            return None, Path(printable(path)), printable(reason)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
+        results = threads.map(attempt, captioned)
+        results = tqdm(results, f"reading {folder}", len(captioned), leave=False, disable=None)
+        for caption, result, reason in results:
+            if reason is None:
+                found.append((caption, result))
+            else:
+                skipped.append((result, reason))
     if not found:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped[:5])
         raise ValueError(

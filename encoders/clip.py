@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import MultiHeadAttention
+from attention import fused_attention
 from encoders.padding import padded, readable
 from encoders.weights import check_values, file_in, json_object, load_frozen, read_config, read_values
 
@@ -161,16 +161,22 @@ class CLIPConfig:
 class CLIPBlock(nn.Module):
     def __init__(self, width, heads, mlp_width, activation):
         super().__init__()
-        self.quick = activation == "quick_gelu"
+        self.heads, self.quick = heads, activation == "quick_gelu"
         self.norm1 = nn.LayerNorm(width)
-        self.attention = MultiHeadAttention(width, heads)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, mlp_width)
         self.down = nn.Linear(mlp_width, width)
 
     def forward(self, x, mask):
         """x (B, L, E); mask (B, 1, L, L) → (B, L, E)"""
-        x = x + self.attention(self.norm1(x), mask=mask)  # (B, L, E)
+        y = self.norm1(x)  # (B, L, E)
+        q, k, v = (f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = fused_attention(q, k, v, mask)  # (B, H, L, d)
+        x = x + self.out(y.transpose(1, 2).flatten(2))  # (B, L, E)
         y = self.up(self.norm2(x))  # (B, L, mlp_width)
         y = y * torch.sigmoid(1.702 * y) if self.quick else F.gelu(y)
         return x + self.down(y)  # (B, L, E)
@@ -204,9 +210,9 @@ NAMES = {  # part of a published name: its name here; None: outside of the text 
     "vision_model.": None, "visual_projection.": None, "text_projection.": None, "logit_scale": None,
     "position_ids": None, "text_model.": "", "encoder.layers.": "blocks.",
     "embeddings.token_embedding": "embedding", "embeddings.position_embedding": "positions",
-    "self_attn.q_proj": "attention.q", "self_attn.k_proj": "attention.k", "self_attn.v_proj": "attention.v",
-    "self_attn.out_proj": "attention.out", "layer_norm1": "norm1", "layer_norm2": "norm2",
-    "mlp.fc1": "up", "mlp.fc2": "down", "final_layer_norm": "norm",
+    "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.out_proj": "out",
+    "layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "up", "mlp.fc2": "down",
+    "final_layer_norm": "norm",
 }
 
 

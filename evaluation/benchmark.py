@@ -1,87 +1,240 @@
-"""Speed, as ratios within one run, because a machine's own speed wanders. In brackets: the goals.
+"""Speed: this model against a matrix product, against its peers, and inside train.py's loop.
 
-    python -m evaluation.benchmark
+    python -m evaluation.benchmark [--device cuda] [--quick] [--json FILE]
 
-On a CPU the commands take written-out attention. Cached latents stand for pictures that the published
-autoencoder's architecture encoded once.
+Every row is a ratio within one run, since a machine's own speed wanders. What is compared is called in turn;
+a row gives the median of the ratios, their spread in brackets, and the goal. The peers are diffusers' DiT and
+PixArt, from requirements-dev.txt, on the same latents, texts and number of blocks; each row says what else
+was equal. On a CPU the size is S/2 in fp32, on a GPU XL/2 in bf16.
 """
+import contextlib
+import io
+import json
 import statistics
+import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-from attention import fused_attention, use_attention, written_out_attention
-from common.flops import Flops
+import train
+from attention import use_attention
+from common.flags import flag, read, run_command
+from common.flops import Flops, outline
+from common.hardware import DTYPES, device_of, processor, products_in
 from diffusion import motion_free_guidance
 from dit import GenTron, ModelConfig
-from encoders.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from encoders.autoencoder import Autoencoder, AutoencoderConfig
 from evaluation.dry_run import random_inputs
 
 
-def ratio(first, second, repeats):
-    """Median seconds of the second function over those of the first. They are called in turn, after one call
-    each to warm up."""
-    times = ([], [])
-    for _ in range(repeats + 1):
-        for function, found in zip((first, second), times):
-            start = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - start)
-    a, b = (statistics.median(found[1:]) for found in times)
-    return b / a
+class Bench:
+    """Measures on a device, prints a row for each ratio, and keeps them."""
+
+    def __init__(self, device, repeats):
+        self.device, self.repeats, self.rows = device, repeats, []
+        self.precision = "bf16" if device.type == "cuda" else "fp32"
+
+    def seconds(self, function):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def compare(self, what, one, other, scale=1.0, goal="", equal=""):
+        """A row: scale · seconds of `one` over seconds of `other`, called in turn after two calls each."""
+        both = [(self.seconds(one), self.seconds(other)) for _ in range(self.repeats + 2)][2:]
+        self.add(what, [scale * a / b for a, b in both], goal, equal)
+
+    def add(self, what, ratios, goal="", equal=""):
+        row = dict(what=what, median=statistics.median(ratios), low=min(ratios), high=max(ratios))
+        self.rows.append(row | dict(goal=goal, equal=equal))
+        print(f"{what}: {row['median']:.2f} ({row['low']:.2f}–{row['high']:.2f}){goal and ', goal ' + goal}")
+        if equal:
+            print(f"    {equal}")
+
+    def step(self, model, *inputs, **more):
+        """Forward and backward of a model, without an optimizer, as a function without arguments."""
+
+        def step():
+            with products_in(self.precision, self.device):
+                output = model(*inputs, **more)
+            output = output if torch.is_tensor(output) else output.sample
+            output.float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
+
+        return step
 
 
-def build(size, count, frames, side, **changes):
-    """A model of a size, and random arguments for it, with captions of 20 tokens."""
-    model = GenTron(ModelConfig.of(size, **changes))
-    use_attention(model, written_out_attention)
-    return model, random_inputs(model.config, count, frames, side, [20], device="cpu")
-
-
-def train(model, inputs):
-    """One step of training, without the optimizer."""
-    model(*inputs).square().mean().backward()
-    model.zero_grad(set_to_none=True)
-
-
-def main():
-    model, (x, t, *_) = build("S", 8, 0, 32, integration="class", classes=1000)
-    a, labels = torch.randn(4096, 4096), torch.randint(0, 1000, (8,))
-    step = lambda: train(model, (x, t, labels))
+def flops_of(model, inputs):
+    """Of a step, forward and backward."""
+    on_meta = lambda x: [on_meta(y) for y in x] if isinstance(x, (list, tuple)) else x.to("meta")
     with Flops() as counter:
-        step()
-    for name, function in (("written-out", written_out_attention), ("fused", fused_attention)):
-        use_attention(model, function)
-        speed = counter.total / (2 * 4096**3) / ratio(lambda: a @ a, step, 9)
-        print(f"S/2, 256 tokens, {name} attention, against a matrix product: {speed:.2f} (at least 0.8)")
+        outline(model)(*on_meta(inputs)).square().mean().backward()
+    return counter.total
 
-    channels = dict(channels=8, out_channels=8)
-    for size, count, side in (("mini", 16, 8), ("S", 1, 32)):
-        pictures = build(size, count * 8, 0, side, **channels)
-        clips = build(size, count, 8, side, **channels, temporal=True)
-        slower = ratio(lambda: train(*pictures), lambda: train(*clips), 7)
-        print(f"{size}, {count} clips of 8 frames against {count * 8} pictures: {slower:.2f} (at most 1.3)")
 
-    model, (x, t, text, text_mask) = build("mini", 8, 8, 8, **channels, temporal=True)
-    no = torch.zeros(8, dtype=torch.bool)
-    given = dict(text=text, text_mask=text_mask, dropped=no, motion_free=no)
+def build(device, size, count, frames=0, side=32, length=120, **changes):
+    """A model of a size, and random inputs for it, with captions of `length` tokens."""
+    model = GenTron(ModelConfig.of(size, **changes)).to(device)
+    return model, random_inputs(model.config, count, frames, side, [length], device=device)
+
+
+def against_a_product(bench, size, count):
+    n = 8192 if bench.device.type == "cuda" else 4096
+    a = torch.randn(n, n, device=bench.device).to(DTYPES[bench.precision])
+    product = lambda: a @ a
+
+    def row(name, model, inputs, goal, equal):
+        share = flops_of(model, inputs) / (2 * n**3)
+        step = bench.step(model, *inputs)
+        bench.compare(f"{size}/2, {name}, over a product", product, step, share, goal, equal)
+
+    model, (x, t, *_) = build(bench.device, size, count, integration="class", classes=1000)
+    labels = torch.randint(0, 1000, (count,), device=bench.device)
+    goal = "0.83" if size == "S" else ""
+    row("labels", model, (x, t, labels), goal, f"FLOP/s, {bench.precision}, {count} pictures of 256 tokens")
+    for null in (1, 256):
+        model, inputs = build(bench.device, size, count, text_widths=(4096,), null_tokens=(null,))
+        about = f"text of 120×4096, null text of {null}"
+        row(f"text, eager, null text of {null}", model, inputs, "", about)
+        if bench.device.type == "cuda":
+            for block in model.blocks:
+                block.compile()
+            row(f"text, compiled, null text of {null}", model, inputs, "0.62", about)
+
+
+def against_peers(bench, size, count):
+    try:
+        from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+    except ImportError:
+        print("no diffusers, so no peers: pip install -r requirements-dev.txt")
+        return
+    ours, (x, t, text, mask) = build(bench.device, size, count, text_widths=(4096,))
+    D, heads, depth = ours.config.width, ours.config.heads, ours.config.depth
+    shape = dict(num_attention_heads=heads, attention_head_dim=D // heads, num_layers=depth, sample_size=32)
+    with contextlib.redirect_stderr(io.StringIO()):
+        pixart = PixArtTransformer2DModel(
+            **shape, in_channels=4, out_channels=4, cross_attention_dim=D, caption_channels=4096,
+            use_additional_conditions=False,
+        ).to(bench.device)
+        dit = DiTTransformer2DModel(**shape, in_channels=4, out_channels=4).to(bench.device)
+    given = dict(timestep=t, encoder_hidden_states=text[0], encoder_attention_mask=mask[0].float())
+    millions = lambda model: f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters"
+    equal = f"{count} pictures of 256 tokens, text of 120×4096, {bench.precision}, eager"
+    equal += f"; {millions(ours)} against {millions(pixart)}"
+    name = f"{size}/2, pictures a second over PixArt's"
+    bench.compare(name, bench.step(pixart, x, **given), bench.step(ours, x, t, text, mask), 1, "1.05", equal)
+    ours, _ = build(bench.device, size, count, integration="class", classes=1000)
+    labels = torch.randint(0, 1000, (count,), device=bench.device)
+    given = dict(timestep=t, class_labels=labels)
+    equal = f"{count} pictures of 256 tokens, labels, {bench.precision}, eager; {millions(ours)} each"
+    name = f"{size}/2, pictures a second over DiT's"
+    bench.compare(name, bench.step(dit, x, **given), bench.step(ours, x, t, labels), 1, "1", equal)
+
+
+def attention_rows(bench, size, count):
+    model, inputs = build(bench.device, size, count, text_widths=(4096,))
+    written, _ = build(bench.device, size, count, text_widths=(4096,))
+    use_attention(model, "fused")
+    use_attention(written, "written")
+    name = f"{size}/2, written-out attention over fused, seconds"
+    bench.compare(name, bench.step(written, *inputs), bench.step(model, *inputs))
+
+
+def clips_and_guidance(bench, size, count):
+    for size, side in (("mini", 8), (size, 32)):
+        changes = dict(side=side, length=20, channels=8, out_channels=8)
+        clips, of_clips = build(bench.device, size, count, 8, **changes, temporal=True)
+        pictures, of_pictures = build(bench.device, size, count * 8, **changes)
+        one, other = bench.step(clips, *of_clips), bench.step(pictures, *of_pictures)
+        equal = f"{count} clips of 8 frames against {8 * count} pictures, eager"
+        goal = "1.2 at most" if bench.device.type == "cpu" else "1.3 at most"
+        bench.compare(f"{size}, a clip's frame over a picture, seconds", one, other, 1, goal, equal)
+    model, (x, t, text, mask) = build(bench.device, "mini", count, 8, 8, 20, temporal=True)
+    no = torch.zeros(count, dtype=torch.bool, device=bench.device)
+    given = dict(text=text, text_mask=mask, dropped=no, motion_free=no)
     conditions = given, given | dict(dropped=~no), given | dict(dropped=~no, motion_free=~no)
     plain, guided = (motion_free_guidance(model, *conditions, *scales) for scales in ((1.0, 1.0), (7.5, 1.2)))
     with torch.no_grad():
-        slower = ratio(lambda: plain(x, t), lambda: guided(x, t), 15)
-    print(f"mini, 8 clips of 8 frames: three guidance passes against one: {slower:.2f} (at most 2.95)")
+        name = "mini, three guidance passes over one, seconds"
+        bench.compare(name, lambda: guided(x, t), lambda: plain(x, t), 1, "2.95 at most")
 
-    cached = build("S", 4, 0, 32)
-    pictures = torch.rand(4, 3, 256, 256) * 2 - 1
-    autoencoder = AutoencoderKL(AutoencoderKLConfig()).requires_grad_(False)
 
-    def encode_and_train():
-        autoencoder.encode(pictures)
-        train(*cached)
+def autoencoder_row(bench):
+    """Pictures a second of the mini autoencoder's training, which is no ratio: of two runs."""
+    batch, size = (1024, 128) if bench.device.type == "cuda" else (16, 64)
+    model = Autoencoder(AutoencoderConfig()).to(bench.device)
+    pictures = torch.rand(batch, 3, size, size, device=bench.device) * 2 - 1
+    noise = torch.randn(batch, 8, size // 8, size // 8, device=bench.device)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-    slower = ratio(lambda: train(*cached), encode_and_train, 3)
-    print(f"S/2, 4 pictures of 256²: steps with encoding against cached ones: {slower:.2f} (at least 2)")
+    def step():
+        with products_in(bench.precision, bench.device):
+            loss = model.loss(pictures, noise)
+        loss.float().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    rates = [batch / bench.seconds(step) for _ in range(bench.repeats + 2)][2:]
+    bench.add(f"mini autoencoder, pictures of {size}² a second", rates, "15000" if size == 128 else "")
+
+
+def loop_row(bench, size, count, steps):
+    """train.py's pictures a second over those of its bare step: the same model, on the same batch."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
+        for i in range(64):
+            Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(f"{root}/{i}.png")
+            Path(root, f"{i}.txt").write_text(f"picture {i} of noise, with a caption of some ten words or so")
+        run = ["--data", root, "--image-size", "256", "--device", str(bench.device), "--sample-every", "-1"]
+        train.main(["autoencoder", *run, "--steps", "1", "--batch-size", "4", "--out", f"{root}/ae"])
+        run += ["--size", size, "--autoencoder", f"{root}/ae", "--precision", bench.precision]
+        run += ["--batch-size", str(count), "--steps", str(steps), "--log-every", str(steps // 4)]
+        compiled = ["--compile"] if bench.device.type == "cuda" else []
+        train.main(["image", *run, *compiled, "--out", f"{root}/run"])
+        lines = [json.loads(line) for line in Path(root, "run/metrics.jsonl").read_text().splitlines()]
+    rates = [line["samples_per_s"] for line in lines[1:]]  # the first one holds the compilation
+    changes = dict(channels=8, out_channels=16, text_widths=(128,), length=16)
+    model, inputs = build(bench.device, size, count, **changes)
+    for block in model.blocks if compiled else ():
+        block.compile()
+    step = bench.step(model, *inputs)
+    bare = count / statistics.median([bench.seconds(step) for _ in range(bench.repeats + 2)][2:])
+    equal = f"{count} pictures; the loop also reads, encodes the text, and runs optimizer, EMA and log"
+    bench.add(f"train.py over its bare step, {size}/2", [rate / bare for rate in rates], "0.93", equal)
+
+
+@dataclass
+class Flags:
+    device: str = flag("auto", "auto, cpu, cuda")
+    quick: bool = flag(False, "three repetitions of each, to see that it works")
+    json: str = flag("", "a file for the rows")
+
+
+def main(arguments):
+    flags, _, _ = read(Flags, arguments, "python -m evaluation.benchmark", __doc__.partition("\n")[0])
+    device = device_of(flags.device)
+    large = device.type == "cuda"
+    size, count = ("XL", 64) if large else ("S", 8)
+    bench = Bench(device, 3 if flags.quick else 9)
+    print(f"{processor(device)}, {torch.get_num_threads()} threads, {bench.precision} products")
+    against_a_product(bench, size, count)
+    against_peers(bench, size, count)
+    attention_rows(bench, size, count)
+    clips_and_guidance(bench, size, 64 if large else 2)
+    autoencoder_row(bench)
+    loop_row(bench, size, count, 80 if large else 8)
+    if flags.json:
+        about = dict(processor=processor(device), precision=bench.precision, repeats=bench.repeats)
+        Path(flags.json).write_text(json.dumps(about | dict(rows=bench.rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

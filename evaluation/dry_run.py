@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attention import fused_attention, use_attention, written_out_attention
+from attention import use_attention
 from common.flops import Flops
 from dit import GenTron, ModelConfig
 from encoders.autoencoder import Autoencoder, AutoencoderConfig
@@ -67,9 +67,14 @@ class Flash(TorchFunctionMode):
         return function(*arguments, **options)
 
 
-def flash(q, k, v, mask=None):
-    with Flash():
-        return fused_attention(q, k, v, mask)
+def under_flash(attend):
+    """An attention function that computes so, also where a checkpointed block computes again."""
+
+    def function(*arguments):
+        with Flash():
+            return attend(*arguments)
+
+    return function
 
 
 def random_inputs(config, count, frames, side, lengths, dtype=torch.float32, device="meta"):
@@ -84,14 +89,17 @@ def random_inputs(config, count, frames, side, lengths, dtype=torch.float32, dev
 
 
 def training_step(
-    config, count, frames, side, lengths, checkpointing, dtype=torch.float32, attend=written_out_attention
+    config, count, frames, side, lengths, checkpointing, dtype=torch.float32, attention="written"
 ):
     """A step on `count` samples: forward, backward and, with checkpointing, forward again. Returns its FLOPs,
-    and the most bytes that it takes beside weights and gradients. With attend=flash, FLOPs lack products."""
+    and the most bytes that it takes beside weights and gradients. FLOPs lack those of fused attention."""
     with torch.device("meta"):
         model = GenTron(config).to(dtype)
     model.checkpointing = checkpointing
-    use_attention(model, attend)
+    use_attention(model, attention)
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = under_flash(module.attend)
     inputs = random_inputs(config, count, frames, side, lengths, dtype)
     for p in model.parameters():
         p.grad = torch.empty_like(p)
@@ -203,8 +211,8 @@ def report(stage, config, gpus, tflops=989.0, utilisation=0.4):
         memory["weights in bf16"] = total * 2
     memory["frozen"] = sum(size_of(frozen[name]) * (2 if name in encoders else 4) for name in frozen)
     dtype = torch.bfloat16 if half else torch.float32
-    attend = written_out_attention if config.attention == "written" else flash
-    _, activations = training_step(model.config, local, *shape, config.checkpointing, dtype, attend)
+    options = config.checkpointing, dtype, config.attention
+    _, activations = training_step(model.config, local, *shape, *options)
     autoencoder = frozen["autoencoder"] if stage == "image" and not config.cache else None
     texts = [frozen[name].to(torch.bfloat16) for name in encoders]
     encoded = encoding(autoencoder, texts, local, config.image_size, lengths)

@@ -3,8 +3,8 @@
     python -m evaluation.published_dit DiT-XL-2-256x256.pt --autoencoder sd-vae-ft-mse 207 360
 
 The paper starts from DiT: GenTron with a label in place of the text. So a checkpoint is only renamed, but for
-three tensors. DiT cuts patches by a convolution: its weight (D, C, P, P) becomes a matrix (D, P·P·C). Query,
-key and value are in one matrix. Positions are stored, which we compute: we only compare them.
+two tensors. DiT cuts patches by a convolution: its weight (D, C, P, P) becomes a matrix (D, P·P·C). Positions
+are stored, which we compute: we only compare them.
 
 Sampling is DiT's: 250 of 1000 steps, both ends included, learned variance, guidance 4, no clipping. One thing
 differs: DiT guides 3 of the 4 latent channels, only to reproduce its published figures; we guide all. The
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from attention import choose_attention
+from attention import use_attention
 from common import figures
 from common.flags import SEEDS, flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of, products_in
@@ -32,7 +32,7 @@ HEADS = {(SIZES[name]["depth"], SIZES[name]["width"]): SIZES[name]["heads"] for 
 NAMES = {  # a part of our names, as a regular expression → of the published ones
     r"^patch_embedding": "x_embedder.proj", r"^condition\.table": "y_embedder.embedding_table",
     r"^time": "t_embedder", r"^final": "final_layer", r"modulation": "adaLN_modulation",
-    r"self_attention\.[qkv]": "attn.qkv", r"self_attention\.out": "attn.proj",
+    r"self_attention\.qkv": "attn.qkv", r"self_attention\.out": "attn.proj",
     r"(\d)\.mlp\.0": r"\1.mlp.fc1", r"(\d)\.mlp\.2": r"\1.mlp.fc2",
 }
 RANKS = {  # of the tensors that tell the sizes
@@ -74,12 +74,12 @@ def from_published(state, heads=0):
     with torch.device("meta"):
         model = GenTron(config_of(state, heads))
     expected = model.state_dict()
-    names = {}  # published name → ours: three for query, key and value, else one
+    names = {}  # published name → ours
     for ours in expected:
         published = ours
         for pattern, part in NAMES.items():
             published = re.sub(pattern, part, published)
-        names.setdefault(published, []).append(ours)
+        names[published] = ours
     unknown = state.keys() - {*names, "pos_embed"}
     for problem, found in (("missing", names.keys() - state), ("unknown", unknown)):
         if found:
@@ -87,13 +87,12 @@ def from_published(state, heads=0):
     weights = {}
     for name, ours in names.items():
         tensor = state[name].float()
-        rows, *rest = expected[ours[0]].shape
-        needed = len(ours) * rows, *rest
+        needed = tuple(expected[ours].shape)
         if tensor.ndim == 4:
             tensor = tensor.permute(0, 2, 3, 1).flatten(1)  # (D, C, P, P) → (D, P·P·C), as patchify
         if tensor.shape != needed:
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}, not {needed} as the others ask")
-        weights |= zip(ours, tensor.chunk(len(ours)))
+        weights[ours] = tensor
     stored = state["pos_embed"][0].float()  # (N, D)
     side = math.isqrt(len(stored))
     positions = position_embedding(side, side, model.config.width)  # (N, D)
@@ -170,7 +169,7 @@ def main(arguments):
     device = device_of(flags.device)
     decoder = autoencoders.load(flags.autoencoder).to(device)
     model, side = load(path, flags.heads)
-    choose_attention(model.to(device), flags.attention, device)
+    use_attention(model.to(device), flags.attention)
     C, others = model.config.channels, decoder.config.channels
     if C != others:
         raise ValueError(f"{path} has {C} latent channels, {flags.autoencoder} {others}")

@@ -111,8 +111,8 @@ def test_two_encoders_take_turns_in_the_blocks_and_are_added_in_the_vector():
     x, t, (first,), (mask,) = inputs()
     second, second_mask = torch.randn(3, 4, 14, dtype=torch.float64), torch.ones(3, 4, dtype=torch.bool)
     out = lambda a, b: model(x, t, (a, b), (mask, second_mask))
-    assert [block.cross_attention.attention.k.in_features for block in model.blocks] == [10, 14, 10]
-    pooled = model.condition((first, second), (mask, second_mask), torch.zeros(3, dtype=torch.bool))[2]
+    assert [block.cross_attention.attention.kv.in_features for block in model.blocks] == [10, 14, 10]
+    pooled = model.condition((first, second), (mask, second_mask), torch.zeros(3, dtype=torch.bool))[1]
     by_hand = model.condition.pool[0](torch.stack([first[0, 4], first[1, 1], first[2, 2]]))  # masks of 5, 2 and 3 words
     torch.testing.assert_close(pooled, by_hand + model.condition.pool[1](second.mean(1)))
     with torch.no_grad():
@@ -131,6 +131,38 @@ def test_two_encoders_take_turns_in_the_blocks_and_are_added_in_the_vector():
     assert torch.equal(out(first + 1, second), out(first, second)) and (out(first, second + 1) - out(first, second)).abs().max() > 1e-4
     with pytest.raises(ValueError, match="2 text widths, 1 null texts"):
         small(text_widths=(10, 14), pooling=("mean", "mean"))
+
+
+def test_a_caption_without_a_token_is_the_null_text():
+    """So every query of an image has a token to attend to."""
+    model = shake(small())
+    x, t, text, (mask,) = inputs()
+    mask[1] = False
+    expected = model(x, t, text, (mask | True,), torch.tensor([False, True, False]))[1]
+    torch.testing.assert_close(model(x, t, text, (mask,))[1], expected)
+
+
+def test_keys_and_values_that_are_kept_are_computed_once():
+    """As in sampling: further calls with the same text give the same, and project no text."""
+    model = shake(small())
+    x, t, text, mask = inputs()
+    kept, calls = {}, []
+    for block in model.blocks:
+        block.cross_attention.attention.kv.register_forward_hook(lambda *_: calls.append(1))
+    first = model(x, t, text, mask, kept=kept)
+    assert len(calls) == 2 * len(model.blocks)  # captions, and the null text
+    torch.testing.assert_close(model(x + 1, t, text, mask, kept=kept), model(x + 1, t, text, mask))
+    assert torch.equal(model(x, t, text, mask, kept=kept), first) and len(calls) == 4 * len(model.blocks)
+
+
+def test_frozen_text_gets_no_gradient():
+    """Only weights do, which a third of the text's backward pass is spared."""
+    model = shake(small())
+    x, t, text, mask = inputs()
+    seen = []
+    model.blocks[0].cross_attention.attention.kv.register_forward_hook(lambda _, given, out: seen.append(given[0].requires_grad))
+    model(x, t, text, mask, torch.tensor([False, True, False]))
+    assert seen == [True, False]  # the null text learns; captions do not
 
 
 def test_masked_mean_by_hand():
@@ -236,8 +268,8 @@ def test_starting_values():
     assert text.condition.null[0].std().item() == pytest.approx(1, rel=0.1)
     for table in (text.time.mlp[0].weight, text.time.mlp[2].weight, labels.condition.table.weight):
         assert table.std().item() == pytest.approx(0.02, rel=0.1)
-    k = text.blocks[1].cross_attention.attention.k.weight  # (96, 64)
-    assert k.std().item() == pytest.approx((2 / (96 + 64)) ** 0.5, rel=0.1)
+    kv = text.blocks[1].cross_attention.attention.kv.weight  # (192, 64)
+    assert kv.std().item() == pytest.approx((2 / (192 + 64)) ** 0.5, rel=0.1)
     assert not any(p.any() for name, p in text.named_parameters() if name.endswith("bias"))
 
 

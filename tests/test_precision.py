@@ -12,6 +12,7 @@ from common import hardware
 import sample
 import train
 from sample import Pipeline
+from training.state import TrainingState
 
 SIZES = ["--image-size", "32", "--batch-size", "4", "--steps", "1", "--log-every", "1", "--sample-every", "-1"]
 
@@ -26,29 +27,31 @@ def norm_of(difference, exact):
 
 def first_step(root, out, precision, monkeypatch):
     """Relative errors of the first training step's loss and gradient, against float64."""
-    real, clip, seen = train.diffusion_loss, torch.nn.utils.clip_grad_norm_, {}
+    real, norm, seen = train.diffusion_loss, TrainingState.gradient_norm, {}
 
-    def in_both(model, x0, *rest):
+    def in_both(model, batch):
+        if model.device.type == "meta":  # to count FLOPs
+            return real(model, batch)
         with torch.no_grad():  # at zero, gates and outputs would hide most of the products
             if not seen:
                 for p in model.transformer.parameters():
                     p.add_(0.05 * torch.randn_like(p))
         exact = copy.deepcopy(model).double()
         with torch.autocast("cpu", enabled=False):
-            loss, _ = real(exact, x0.double(), *rest)
+            loss, _ = real(exact, batch | {name: batch[name].double() for name in ("x0", "noise")})
             loss.mean().backward()
-        found, levels = real(model, x0, *rest)
+        found, levels = real(model, batch)
         seen.update(model=model, exact=exact, loss=loss.detach(), error=(found.detach() - loss.detach()))
         return found, levels
 
-    def clipped(parameters, *rest):
+    def measured(state):
         pairs = [(p.grad.double(), q.grad) for p, q in zip(seen["model"].parameters(), seen["exact"].parameters()) if q.grad is not None]
         seen["gradient"] = norm_of([a - b for a, b in pairs], [b for _, b in pairs])
-        return clip(parameters, *rest)
+        return norm(state)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "diffusion_loss", in_both)
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+        patch.setattr(TrainingState, "gradient_norm", measured)
         image(root, out, "--precision", precision)
     return norm_of([seen["error"]], [seen["loss"]]), seen["gradient"]
 

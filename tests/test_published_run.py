@@ -44,7 +44,7 @@ def test_published_parts_train_and_sample(folders, tmp_path, encoders, integrati
     model = Pipeline.load(run)
     assert [encoder.config.width for encoder in model.text_encoders] == [dict(clip=32, t5=24)[name] for name in encoders]
     if integration == "cross":
-        widths = [block.cross_attention.attention.k.in_features for block in model.transformer.blocks]
+        widths = [block.cross_attention.attention.kv.in_features for block in model.transformer.blocks]
         assert widths == ([32, 24] * 3 if len(encoders) == 2 else [24] * 6)  # the blocks take turns
     assert not any(p.requires_grad for p in (*model.text_encoders.parameters(), *model.autoencoder.parameters()))
     sample.main(["a red circle", "a blue star", "--checkpoint", str(run), "--steps", "2", "--out", str(tmp_path / "x.png")])

@@ -94,7 +94,7 @@ def test_null_text_of_training_and_sampling_is_one_object(run):
     """With guidance 0 only the null pass counts: the prompt's words, its length included, must leave no trace; and a
     change of the one null parameter changes both what training with a dropped caption and what sampling sees."""
     model = Pipeline.load(run)
-    text, masks = model.encode_text(CAPTIONS[:1])
+    text, masks = model.encode_text(model.tokenize(CAPTIONS[:1]))
     x, t, dropped = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.tensor([True])
     trained = model.transformer(x, t, text, masks, dropped)
     sampled = classifier_free_guidance(

@@ -112,8 +112,8 @@ def test_the_layer_is_the_equation_in_the_paper():
     theirs = torch.nn.MultiheadAttention(16, 2, batch_first=True).double()
     ours = layer.attention
     with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]))
-        theirs.in_proj_bias.copy_(torch.cat([ours.q.bias, ours.k.bias, ours.v.bias]))
+        theirs.in_proj_weight.copy_(ours.qkv.weight)
+        theirs.in_proj_bias.copy_(ours.qkv.bias)
         theirs.out_proj.load_state_dict(ours.out.state_dict())
         y = layer.norm(x)[0].transpose(0, 1) + positions  # (N, F, D)
         expected = x + theirs(y, y, y)[0].transpose(0, 1)[None]

@@ -13,14 +13,15 @@ from PIL import Image
 from training import checkpoints
 from data.moving_shapes import MovingShapes
 import evaluate
-from training import batches, logging, tricks
+from training import batches, logging, optimizers, tricks
 import sample
 from data import shapes
 import train
 from encoders import weights
 from dit import SIZES, GenTron
 from training import recipes
-from training.optimizers import Muon, learning_rate, make_optimizers, orthogonalise
+from training.optimizers import Muon, clip_and_step, learning_rate, make_optimizers, orthogonalise, update_ema
+from training.state import TrainingState
 from sample import Pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -104,15 +105,15 @@ class Lost(Exception):
 
 def interrupted_in_the_fifth_step(monkeypatch, train_it):
     """Runs train_it(), which does not survive its fifth step: after the checkpoint of the third."""
-    real, calls = torch.nn.utils.clip_grad_norm_, []
+    real, calls = TrainingState.gradient_norm, []
 
-    def interrupted(*args):
+    def interrupted(state):
         calls.append(1)
         if len(calls) == 5:
             raise Lost
-        return real(*args)
+        return real(state)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", interrupted)
+    monkeypatch.setattr(TrainingState, "gradient_norm", interrupted)
     with pytest.raises(Lost):
         train_it()
     monkeypatch.undo()
@@ -237,7 +238,9 @@ def test_the_mask_and_the_captions_are_dropped_independently(folder, clip_folder
     seen, times = set(), {True: [], False: []}
     real = GenTron.forward
 
-    def spy(self, x, t, text, mask, dropped, motion_free=None, frame_numbers=None):
+    def spy(self, x, t, text, mask, dropped, motion_free=None, frame_numbers=None, kept=None):
+        if x.is_meta:  # to count FLOPs
+            return real(self, x, t, text, mask, dropped, motion_free, frame_numbers)
         free = torch.zeros_like(dropped) if motion_free is None else motion_free
         seen.update(zip(free.tolist(), dropped.tolist()))
         for kind in (free, dropped):
@@ -307,6 +310,71 @@ def test_batches_are_epochs_in_a_new_order_each():
     assert torch.equal(batches.Step(0, 7, slice(0, 3), 3).indices(10), torch.cat([batches.Step(0, s, slice(0, 1), 1).indices(10) for s in (21, 22, 23)]))
 
 
+READING = ("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "__bool__", "__int__", "__float__", "__index__", "__len__")
+
+
+def test_a_step_reads_no_value_back(folder, clip_folder, tmp_path, monkeypatch):
+    """What would make Python wait for a GPU, looked for on a CPU: from the batch to the average, nothing calls what turns a
+    tensor into numbers."""
+    within, steps, found = [False], [], set()
+
+    def watched(read, parts, device):
+        for batch in batches.ahead(read, parts, device):
+            within[0] = True
+            yield batch
+
+    def ended(self, *rest):
+        within[0] = False
+        steps.append(1)
+        return end(self, *rest)
+
+    def spy(name, real):
+        def called(*arguments, **options):
+            if within[0] and name != "__len__":
+                found.add(name)
+            return real(*arguments, **options)
+
+        return called
+
+    end = logging.Window.end_step
+    monkeypatch.setattr(train, "ahead", watched)
+    monkeypatch.setattr(logging.Window, "end_step", ended)
+    for name in READING:
+        monkeypatch.setattr(torch.Tensor, name, spy(name, getattr(torch.Tensor, name)))
+    for optimizer in ("muon", "adamw"):
+        image(folder, tmp_path / optimizer, "--optimizer", optimizer)
+    video(folder, clip_folder, tmp_path / "video")
+    train.main(["autoencoder", "--data", str(folder), *TINY, "--out", str(tmp_path / "autoencoder")])
+    assert len(steps) >= 12 and not found
+
+
+@pytest.mark.parametrize("stage", ["image", "video"])
+def test_a_step_runs_where_tensors_have_no_values(folder, clip_folder, tmp_path, monkeypatch, stage):
+    """On the meta device, which stands for a GPU: a tensor from the CPU, or a value that Python asks for, is an error."""
+    kept = []
+    fit = train.fit
+
+    def step(flags, model, outline, hashes, read, batch_loss, *rest):
+        batch = batches.moved(read(batches.steps_of(flags, 0)[0]), torch.device("meta"))
+        state = TrainingState(outline, flags, hashes)
+        losses, _ = batch_loss(outline, batch)
+        losses.mean().backward()
+        norm = state.gradient_norm()
+        for optimizer in state.optimizers:
+            clip_and_step(optimizer, 1e-3, norm, 1.0)
+        update_ema(state.ema, state.weights, 0.999, 0)
+        kept.append(norm)
+        return fit(flags, model, outline, hashes, read, batch_loss, *rest)
+
+    monkeypatch.setattr(train, "fit", step)
+    monkeypatch.setattr(optimizers, "AdamW", lambda params, *rest, **more: torch.optim.RMSprop(params))  # whose kernel is not for meta
+    if stage == "image":
+        image(folder, tmp_path)
+    else:
+        video(folder, clip_folder, tmp_path)
+    assert kept[0].is_meta
+
+
 def test_every_objective_trains(folder, tmp_path):
     """The paper's recipe, with the variance learned; adaLN alone; x0."""
     for flags in (
@@ -359,11 +427,13 @@ def test_what_is_freed_in_pieces_goes_back_to_the_system(folder, tmp_path, monke
 
 
 def test_muon_equals_torchs(monkeypatch):
-    """torch.optim.Muon with its bf16 iteration moved to fp32; wide, tall and square matrices, a few steps."""
+    """torch.optim.Muon with its bf16 iteration moved to fp32, and with its polynomials here; wide, tall and square matrices, a
+    few steps."""
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((6, 10), (10, 6), (8, 8))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    monkeypatch.setattr(optimizers, "orthogonalise", lambda u: orthogonalise(u, [(3.4445, -4.7750, 2.0315)] * 5))
     a = Muon(ours, lr=0.02, weight_decay=0.1)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common.figures import from_bytes
+from common.flops import Flops
 from data import latent_cache
 from data.latent_cache import LatentCache
 from data.tar_shards import TarShards, read_ahead
@@ -45,16 +47,15 @@ class Step:
         key = (self.seed * 1_000_003 + self.number) * 2 + ("batch", "loss").index(purpose)
         return torch.Generator().manual_seed(key)
 
-    def noise(self, shape, device="cpu"):
+    def noise(self, shape):
         """Unit Gaussian noise of the rows, (B, *shape) fp32, the same for a row whoever computes it. The
         counter generator Philox (Salmon et al. 2011), keyed by (seed, step), is advanced to the first row;
         Box and Muller's transform makes two Gaussian numbers of two uniform ones."""
         count, size = self.rows.stop - self.rows.start, math.prod(shape)
-        blocks = math.ceil(size / 8)  # the generator gives 4 numbers of 64 bits at a time
+        blocks = math.ceil(size / 8)  # the generator gives 8 numbers of 32 bits at a time
         philox = np.random.Philox(key=[self.seed, self.number]).advance(self.rows.start * blocks)
-        bits = torch.from_numpy(philox.random_raw(count * blocks * 4).view(np.uint32))
-        uniform = (bits.to(device).float() + 1) / 2**32  # above 0
-        u, v = uniform.view(count, 2, -1).unbind(1)  # (B, 4 · blocks) each
+        uniform = np.random.Generator(philox).random(count * blocks * 8, dtype=np.float32)  # in [0, 1)
+        u, v = (1 - torch.from_numpy(uniform)).view(count, 2, -1).unbind(1)  # above 0, (B, 4 · blocks) each
         radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
         normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)  # (B, 8 · blocks)
         return normal[:, :size].reshape(count, *shape)
@@ -84,12 +85,73 @@ def share_out(batch_size, accumulate):
         raise ValueError(f"--batch-size {batch_size}: not a multiple of {parts}")
 
 
-def steps_of(seed, number, batch_size, accumulate):
-    """The parts of a step that this process computes, one after the other: a list of `accumulate` Steps."""
-    size = batch_size // distributed.world() // accumulate
-    first = distributed.rank() * accumulate * size
-    starts = range(first, first + accumulate * size, size)
-    return [Step(seed, number, slice(start, start + size), batch_size) for start in starts]
+def steps_of(flags, number):
+    """The parts of a step that this process computes, one after the other: a list of --accumulate Steps."""
+    size = flags.batch_size // distributed.world() // flags.accumulate
+    first = distributed.rank() * flags.accumulate * size
+    starts = range(first, first + flags.accumulate * size, size)
+    return [Step(flags.seed, number, slice(start, start + size), flags.batch_size) for start in starts]
+
+
+def moved(batch, device):
+    """A batch, of tensors in dictionaries and lists, on a device; a GPU copies it while it computes."""
+    if torch.is_tensor(batch) and device.type == "cuda":
+        return batch.pin_memory().to(device, non_blocking=True)
+    if torch.is_tensor(batch):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [moved(value, device) for value in batch]
+    return batch
+
+
+def ahead(read, steps, device):
+    """Yields read(step) of each step, on the device; a thread reads the next one meanwhile. On a CPU, which
+    would do both with the same cores, nothing is read ahead."""
+    if device.type == "cpu":
+        yield from map(read, steps)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for step in steps:
+            ready, coming = coming, thread.submit(lambda step: moved(read(step), device), step)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
+
+
+def step_flops(outline, batch_loss, read, parts):
+    """FLOPs of a step of these parts, forward and backward, counted on the meta device. With --checkpointing,
+    what is computed twice counts twice."""
+    batch = moved(read(parts[0]), torch.device("meta"))
+    with Flops() as counter:
+        losses, _ = batch_loss(outline, batch)
+        losses.float().mean().backward()
+    return len(parts) * counter.total
+
+
+class Captions:
+    """The captions of a data set, tokenised once. A call with indices (B,) gives what Pipeline.tokenize gives
+    of those captions."""
+
+    def __init__(self, tokenize, captions):
+        parts = [tokenize(captions[i : i + 1000]) for i in range(0, len(captions), 1000)]
+        self.encoders = []  # (all tokens in a row, how many each caption has, where its first one lies)
+        for part in zip(*parts):
+            tokens = torch.cat([tokens[mask] for tokens, mask in part])
+            lengths = torch.cat([mask.sum(1) for _, mask in part])  # (N,)
+            self.encoders.append((tokens, lengths, lengths.cumsum(0) - lengths))
+
+    def __call__(self, indices):
+        found = []
+        for tokens, lengths, starts in self.encoders:
+            lengths, starts = lengths[indices].unsqueeze(1), starts[indices].unsqueeze(1)  # (B, 1)
+            places = torch.arange(lengths.max())  # (L,)
+            mask = places < lengths  # (B, L)
+            found.append((tokens[(starts + places) * mask] * mask, mask))
+        return found
 
 
 class TarReader:
@@ -104,9 +166,8 @@ class TarReader:
 
     def indices(self, first):
         """Yields the indices of each part of the steps from number `first` on, without end."""
-        flags = self.flags
         for number in itertools.count(first):
-            for step in steps_of(flags.seed, number, flags.batch_size, flags.accumulate):
+            for step in steps_of(self.flags, number):
                 yield step.indices(len(self.dataset), order=self.order).tolist()
 
     def __call__(self, step):
@@ -137,11 +198,17 @@ def encode_all(autoencoder, count, read, size):
 
 
 def reader_of(flags, model, dataset):
-    """read(step) for `fit` → names of the samples, latents (B, C, h, w) or pictures (B, 3, S, S) uint8, and
-    captions or, as two lists with one entry an encoder, texts and masks. From tar shards, a cache (half of
-    each batch mirrored, if it has mirror images), or latents in memory."""
+    """read(step) → names of the samples, latents (B, C, h, w) or pictures (B, 3, S, S) uint8, and what
+    Pipeline.encode_text takes. From tar shards, a cache (half of each batch mirrored, if it has mirror
+    images), or latents in memory."""
     if isinstance(dataset, TarShards):
-        return TarReader(dataset, flags)
+        tars = TarReader(dataset, flags)
+
+        def read_tars(step):
+            names, pictures, captions = tars(step)
+            return names, pictures, model.tokenize(captions)
+
+        return read_tars
     encoders = {}  # those whose text is in the cache
     if isinstance(dataset, LatentCache):
         published = model.config.get("published", {})
@@ -155,12 +222,12 @@ def reader_of(flags, model, dataset):
         check_scale(in_memory)
         latents = lambda indices, flips: in_memory[indices]
 
+    captions = None if encoders else Captions(model.tokenize, dataset.captions)
+
     def read(step):
         indices = step.indices(len(dataset), dataset.group)  # (B,)
         flips = torch.randint(2, (step.count,), generator=step.generator("batch"))[step.rows]  # (B,)
-        text = [dataset.captions[i] for i in indices]
-        if encoders:
-            text = tuple(zip(*(dataset.text(indices, name) for name in encoders)))
-        return indices.tolist(), latents(indices, flips), text
+        text = [dataset.text(indices, name) for name in encoders] if encoders else captions(indices)
+        return indices, latents(indices, flips), text
 
     return read

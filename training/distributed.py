@@ -49,7 +49,9 @@ def start(device):
     warnings.filterwarnings("ignore", "DTensor random operators|FSDP2-wrapped module")  # both harmless here
     if rank() > 0:  # one voice; errors go to stderr, from every rank
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    # numbers of Python are exchanged on the CPUs, for which no GPU waits
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return device
 
 
@@ -69,13 +71,31 @@ def shard(model, device, dtype, group=0):
     policy = MixedPrecisionPolicy(dtype, torch.float32)
     # By default the model's own weights, outside the blocks, would stay gathered until a backward pass. After
     # a preview, which has none, the next step would compute with the preview's EMA weights.
-    for part in (*getattr(model, "blocks", []), model):
+    blocks = [*getattr(model, "blocks", [])]
+    for part in (*blocks, model):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for block, following in zip(blocks, blocks[1:]):  # gathered while the block before it computes
+        block.set_modules_to_forward_prefetch([following])
 
 
 def whole(tensor):
     """A sharded tensor's full value, on every rank; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    """This rank's share of a sharded tensor, in the same memory: for arithmetic number by number, of which
+    DTensor's own dispatch costs more than the work. Any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded(tensor, like):
+    """The inverse of `local`: this rank's share of what is sharded as `like` is; if it has no shares, as it
+    is."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.ndim == 0:
+        return tensor
+    mesh, placements, shape = like.device_mesh, like.placements, like.shape
+    return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=like.stride())
 
 
 def share_of(tensor, like):
@@ -89,7 +109,7 @@ class DrawnWhole(TorchFunctionMode):
     """While this mode is on, starting values are drawn for whole tensors on the CPU, one at a time, and each
     rank keeps its share: a run starts alike on any device and any number of ranks."""
 
-    FILLING = ("normal_", "uniform_", "zero_", "fill_")  # all that the functions of torch.nn.init call
+    FILLING = ("normal_", "uniform_")  # all that is random in torch.nn.init
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = dict(options or {})
@@ -133,8 +153,7 @@ def total(numbers):
     """The sum over all ranks of a number, or of each number in a list (of lists)."""
     if not dist.is_initialized():
         return numbers
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+    tensor = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(tensor)
     return tensor.tolist()
 

@@ -72,12 +72,15 @@ class Log:
 
 class Window:
     """What happens between two lines of the log. flops: of one step. rate: FLOP/s of this machine's products.
-    batch_size: of a step."""
+    batch_size: of a step. patience: so many steps in a row may be skipped. What a GPU computes is looked at
+    two steps later, when it is there: nothing waits for it."""
 
-    def __init__(self, flops, rate, batch_size, device):
+    def __init__(self, flops, rate, batch_size, patience, device):
         self.flops, self.rate, self.batch_size, self.device = flops, rate, batch_size, device
+        self.patience = patience
         self.skipped = 0  # steps in a row whose gradient was not finite
         self.step = []  # (losses, levels, names of the samples) of each part of this step
+        self.coming = []  # steps that were not looked at yet: number, norm of the gradient, event, `step`
         self.clear()
 
     def clear(self):
@@ -94,30 +97,46 @@ class Window:
     def add(self, losses, levels, names):
         self.step.append((losses, levels, names))
 
-    def end_step(self, norm, number, log, patience):
-        """Counts a step. If its gradient was not finite, its losses are left out and the log names its
-        samples. ValueError at the `patience`-th such step in a row."""
-        step, self.step = self.step, []
+    def end_step(self, norm, number, log):
+        """Counts a step. norm: of its gradient, a tensor. ValueError as in `look`."""
+        norm, computed = norm.to("cpu", non_blocking=True), None
+        if self.device.type == "cuda":
+            computed = torch.cuda.Event()
+            computed.record()
+        self.coming.append((number, norm, computed, self.step))
+        self.step = []
         self.steps += 1
         if number % 20 == 0:
             trim(self.device)
-        if math.isfinite(norm):
-            self.parts += step
-            self.skipped = 0
-            return
-        self.skipped += 1
-        names = distributed.gathered([str(name) for *_, part in step for name in part])
-        log(step=number, skipped=names, grad_norm=str(norm))
-        if self.skipped == patience:
-            raise ValueError(
-                f"the gradient was no number in {patience} steps in a row, the last of them {number}; the "
-                f"last good checkpoint in {log.path.parent} is as it was. Try a lower --lr; {log.path} names "
-                "the batches"
-            )
+        self.look(log, 2 if self.device.type == "cuda" else 0)
 
-    def write(self, log, bar, step, norm, lr):
+    def look(self, log, later=0):
+        """Looks at all steps but the last `later`. If a gradient was not finite, the step's losses are left
+        out and the log names its samples. ValueError at the `patience`-th such step in a row."""
+        while len(self.coming) > later:
+            number, norm, computed, step = self.coming.pop(0)
+            if computed:
+                computed.synchronize()
+            self.norm = norm.item()
+            if math.isfinite(self.norm):
+                self.parts += step
+                self.skipped = 0
+                continue
+            self.skipped += 1
+            names = [part.tolist() if torch.is_tensor(part) else part for *_, part in step]
+            names = distributed.gathered([str(name) for part in names for name in part])
+            log(step=number, skipped=names, grad_norm=str(self.norm))
+            if self.skipped == self.patience:
+                raise ValueError(
+                    f"the gradient was no number in {self.patience} steps in a row, the last of them "
+                    f"{number}; the last good checkpoint in {log.path.parent} is as it was. Try a lower "
+                    f"--lr; {log.path} names the batches"
+                )
+
+    def write(self, log, bar, step, lr):
         """A line of the log: the mean loss, by noise level too; samples a second; the share of the machine's
         FLOP/s; the share of the time that data were waited for; GiB of memory, at most."""
+        self.look(log)
         if not self.parts:
             return
         losses, levels, _ = zip(*self.parts)
@@ -128,7 +147,7 @@ class Window:
         speed = self.steps / seconds
         mfu = speed * self.flops / self.rate
         log(
-            step=step, loss=loss, **bins, grad_norm=norm, lr=lr, samples_per_s=speed * self.batch_size,
+            step=step, loss=loss, **bins, grad_norm=self.norm, lr=lr, samples_per_s=speed * self.batch_size,
             mfu=mfu, waiting=self.waited / seconds, memory=memory_of(self.device),
         )
         bar.set_postfix(loss=f"{loss:.4f}", mfu=f"{mfu:.2f}", refresh=False)
@@ -179,8 +198,11 @@ class StopSignals:
     def ask(self, number, frame):
         self.asked = True
 
-    def on_any_rank(self):
-        return distributed.total(self.asked) > 0
+    def on_any_rank(self, step):
+        """Whether any process was asked. Many of them speak about it at every fifth step."""
+        if distributed.world() == 1:
+            return self.asked
+        return step % 5 == 0 and distributed.total(self.asked) > 0
 
     def __exit__(self, kind, error, traceback):
         for number, handler in self.before.items():

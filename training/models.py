@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from attention import choose_attention
+from attention import use_attention
 from common.files import print_left_out
 from common.hardware import DTYPES, device_of, processor
 from data import folder
@@ -181,7 +181,7 @@ def place(model, flags):
     device = distributed.start(device_of(flags.device))
     model.precision = flags.precision
     model.transformer.checkpointing = flags.checkpointing
-    choose_attention(model, flags.attention, device)
+    use_attention(model, flags.attention)
     if flags.compile:
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise ValueError("--compile: needs a C++ compiler; on Debian: apt-get install g++")

@@ -1,13 +1,11 @@
 """The state of a run: the weights that train, their average over the steps (EMA), and the optimizers."""
 import contextlib
-import math
 
 import torch
 
-from common.flops import Flops
-from common.hardware import DTYPES, processor, products_in
+from common.hardware import DTYPES, processor
 from training import checkpoints, distributed
-from training.optimizers import make_optimizers, set_learning_rate
+from training.optimizers import clip_and_step, make_optimizers
 
 
 class TrainingState:
@@ -28,7 +26,9 @@ class TrainingState:
         tensors |= {f"ema.{name}": average for name, average in self.ema.items()}
         names = {p: name for name, p in self.weights.items()}
         for k, optimizer in enumerate(self.optimizers):
-            for p, values in optimizer.state.items():
+            for seen, values in optimizer.state.items():
+                p = getattr(optimizer, "shares", {}).get(seen, seen)
+                values = {key: distributed.sharded(value, p) for key, value in values.items()}
                 tensors |= {f"optimizer.{k}.{names[p]}.{key}": value for key, value in values.items()}
         return tensors
 
@@ -38,8 +38,7 @@ class TrainingState:
         for p in self.weights.values():
             p.grad = torch.zeros_like(p)
         for optimizer in self.optimizers:  # a step with a learning rate of 0 makes its state, to be filled
-            set_learning_rate(optimizer, 0.0)
-            optimizer.step()
+            clip_and_step(optimizer, 0.0, torch.zeros((), device=self.device), 0.0)
         self.model.zero_grad(set_to_none=True)
         return checkpoints.load(self.flags.out, self.hashes, self.tensors())
 
@@ -49,11 +48,10 @@ class TrainingState:
         about = dict(config=config, hashes=self.hashes)
         checkpoints.save(self.flags.out, step, about, self.tensors(), self.flags.keep)
 
-    def clip_gradient(self):
-        """Shortens the gradient of all weights together to --max-norm, and returns how long it was."""
-        longest = self.flags.max_norm if self.flags.max_norm > 0 else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), longest)
-        return distributed.whole(norm).item()
+    def gradient_norm(self):
+        """How long the gradient of all weights together is, a tensor."""
+        gradients = [p.grad for p in self.weights.values() if p.grad is not None]
+        return distributed.whole(torch.nn.utils.get_total_norm(gradients))
 
     def whole_model(self):
         """The model's state_dict with EMA weights, on the CPU, on rank 0; None on the others."""
@@ -85,17 +83,6 @@ class TrainingState:
     def size(self):
         count = sum(p.numel() for p in self.weights.values())
         return f"{count / 1e6:.1f}M trained parameters on {self.device}"
-
-    def flops(self, read, batch_loss, step, averaging):
-        """FLOPs of a forward and a backward pass, in a pass of its own, uncompiled: a block that first runs
-        under the counter would stay uncompiled. With --checkpointing, what is computed twice counts twice."""
-        with torch.compiler.set_stance("force_eager"), Flops() as counter:
-            with products_in(self.flags.precision, self.device):
-                losses, _ = batch_loss(read(step), step)
-            losses.float().mean().backward()
-        averaging.wait()
-        self.model.zero_grad(set_to_none=True)
-        return counter.total
 
     def export(self, save, log):
         """Writes the run's model and curves. Every rank takes part, since each may hold a share of the

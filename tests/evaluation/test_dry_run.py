@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from attention import fused_attention, use_attention, written_out_attention
+from attention import use_attention
 from common.flops import Flops
 from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, motion_free_guidance
 from dit import GenTron, ModelConfig
@@ -31,7 +31,7 @@ TWO = dict(text_widths=(12, 16), null_tokens=(2, 3), pooling=("last", "mean"))
 MEASURE = """
 import sys
 import torch
-from attention import fused_attention, use_attention, written_out_attention
+from attention import use_attention
 from dit import GenTron, ModelConfig
 from evaluation import dry_run
 
@@ -42,10 +42,10 @@ size, batch, side, frames, fused, checkpointing = sys.argv[1], *map(int, sys.arg
 torch.set_num_threads(1)
 config = ModelConfig.of(size, temporal=frames > 0)
 shape = frames, side, (20,)
-attend = dry_run.flash if fused else written_out_attention
-_, estimate = dry_run.training_step(config, batch, *shape, bool(checkpointing), torch.float32, attend)
+attention = "fused" if fused else "written"
+_, estimate = dry_run.training_step(config, batch, *shape, bool(checkpointing), torch.float32, attention)
 model = GenTron(config)
-use_attention(model, fused_attention if fused else written_out_attention)
+use_attention(model, attention)
 model.checkpointing = bool(checkpointing)
 for p in model.parameters():
     p.grad = torch.zeros_like(p)
@@ -104,8 +104,10 @@ AUTOENCODERS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("autoencoder, encoders", [("", ["t5"]), ("mini", []), ("kl", ["clip", "t5"]), ("kl", ["clip"])])
-def test_encoding_takes_what_the_allocator_gives_out(autoencoder, encoders):
-    """By the profiler, which sees each allocation and release of a real run."""
+def test_encoding_takes_what_the_allocator_gives_out(autoencoder, encoders, monkeypatch):
+    """By the profiler, which sees each allocation and release of a real run, with a CPU's number of pictures at once."""
+    as_on_a_cpu = lambda self, x, positions: x.split(max(1, self.at_once // positions))
+    monkeypatch.setattr(AutoencoderKL, "parts", as_on_a_cpu)
     made = {"clip": lambda: CLIPTextEncoder(CLIPConfig(64, 64, 2, 2, 256)), "t5": lambda: T5Encoder(T5Config(heads=8))}
     lengths = [{"clip": 77, "t5": 128}[name] for name in encoders]
 
@@ -193,7 +195,7 @@ def test_flops_are_the_products_of_the_equations():
     block = N * (12 * D * D + 2 * N * D) + 6 * D * D
     with torch.device("meta"):
         model = GenTron(config)
-    use_attention(model, written_out_attention)
+    use_attention(model, "written")
     t = labels = torch.zeros(1, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 4, 16, 16, device="meta"), t, labels)
@@ -203,12 +205,12 @@ def test_flops_are_the_products_of_the_equations():
     assert 1.2 < again / once < 1.35  # the forward pass a second time
 
 
-@pytest.mark.parametrize("attend", [written_out_attention, fused_attention])
-def test_flops_are_counted_as_torch_counts_them_and_keep_nothing_alive(attend):
+@pytest.mark.parametrize("attention", ["written", "fused"])
+def test_flops_are_counted_as_torch_counts_them_and_keep_nothing_alive(attention):
     """Of a checkpointed step under autocast, with an encoder that does not learn before it."""
     encoder = T5Encoder(T5Config(vocabulary=64, width=16))
     model = GenTron(ModelConfig(depth=8, width=64, heads=4, text_widths=(16,)))
-    use_attention(model, attend)
+    use_attention(model, attention)
     tokens, mask = torch.randint(0, 64, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
     model.checkpointing = True
     inputs = torch.randn(4, 4, 16, 16), torch.zeros(4, dtype=torch.long)
@@ -236,13 +238,13 @@ def small(**changes):
 
 
 @pytest.mark.parametrize("temporal", [False, True])
-@pytest.mark.parametrize("attend", [written_out_attention, fused_attention])
-def test_a_training_and_a_sampling_step_run_on_the_meta_device(temporal, attend):
+@pytest.mark.parametrize("attention", ["written", "fused"])
+def test_a_training_and_a_sampling_step_run_on_the_meta_device(temporal, attention):
     """A tensor that was made on the wrong device would fail here."""
     with torch.device("meta"):
         model = GenTron(small(temporal=temporal))
         encoders = CLIPTextEncoder(CLIPConfig(50, 12, 1, 2, 16)), T5Encoder(T5Config(width=16))
-    use_attention(model, attend)
+    use_attention(model, attention)
     optimizer = torch.optim.AdamW(model.parameters())
     x, t, *_ = dry_run.random_inputs(model.config, 2, 3 if temporal else 0, 8, (4, 6))
     tokens = [torch.zeros(2, L, dtype=torch.long, device="meta") for L in (4, 6)]

@@ -173,8 +173,8 @@ def test_a_file_plain_or_of_train_py(tmp_path):
         model, side = load(tmp_path / name)
         assert side == 8
         assert model.config == ModelConfig.of("S", integration="class", classes=1, out_channels=8)
-        key_bias = model.state_dict()["blocks.7.self_attention.k.bias"]
-        assert torch.equal(key_bias, state["blocks.7.attn.qkv.bias"][384:768])
+        bias = model.state_dict()["blocks.7.self_attention.qkv.bias"]
+        assert torch.equal(bias, state["blocks.7.attn.qkv.bias"])
         assert not any(tensor.is_meta for tensor in model.state_dict().values())
 
 
@@ -285,7 +285,7 @@ def test_the_command_draws_a_grid(tmp_path, capsys):
         config = dict(channels=C, width=8, depth=1)
         state = Autoencoder(AutoencoderConfig(**config)).state_dict()
         (tmp_path / f"ae{C}").mkdir()
-        metadata = {"config": json.dumps({"autoencoder": config}), "format": "1"}
+        metadata = {"config": json.dumps({"autoencoder": config}), "format": "2"}
         weights.write(tmp_path / f"ae{C}/model.safetensors", state, metadata)
     out = tmp_path / "new/classes.png"
     words = [str(tmp_path / "tiny.pt"), "3", "0", "--autoencoder", str(tmp_path / "ae4"), "--heads", "2"]

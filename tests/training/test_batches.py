@@ -1,11 +1,14 @@
-"""The noise of a step: unit Gaussian, without repeats, a row's own whoever computes it."""
+"""The noise of a step: unit Gaussian, without repeats, a row's own whoever computes it. Batches read ahead; captions
+tokenised once."""
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data import tar_shards
-from training.batches import Step, TarReader, steps_of
+from encoders.t5 import Tokenizer
+from training.batches import Captions, Step, TarReader, ahead, steps_of
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 4), (3, 5, 7), (2, 8, 4, 4), (1, 1, 1)])
@@ -50,6 +53,45 @@ def test_a_damaged_sample_is_told_by_the_rank_that_met_it(pictures, tmp_path, mo
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = SimpleNamespace(seed=0, batch_size=4, accumulate=1, workers=0)
-    names, found, captions = TarReader(dataset, flags)(steps_of(0, 0, 4, 1)[0])
+    names, found, captions = TarReader(dataset, flags)(steps_of(flags, 0)[0])
     told = capsys.readouterr()
     assert found.shape == (2, 3, 32, 32) and "is left out, another takes its place" in told.err and "left out" not in told.out
+
+
+def test_batches_are_read_one_step_ahead_on_the_device():
+    """The meta device stands for a GPU."""
+    read, others = [], set()
+
+    def batch(step):
+        read.append(step)
+        others.add(threading.get_ident())
+        return dict(names=[str(step)], x=torch.zeros(2), text=[(torch.ones(1), torch.ones(1))])
+
+    batches = ahead(batch, range(4), torch.device("meta"))
+    first = next(batches)
+    assert first["names"] == ["0"] and first["x"].is_meta and first["text"][0][1].is_meta
+    while len(read) < 2:  # the second one is being read already
+        pass
+    assert [found["names"][0] for found in batches] == ["1", "2", "3"] and read == [0, 1, 2, 3]
+    assert others and threading.get_ident() not in others
+    assert [found["names"][0] for found in ahead(batch, range(3), torch.device("cpu"))] == ["0", "1", "2"]
+    assert threading.get_ident() in others  # on a CPU the step itself reads
+
+
+def test_an_error_while_reading_ahead_reaches_the_step():
+    def batch(step):
+        raise ValueError(f"no batch {step}")
+
+    with pytest.raises(ValueError, match="no batch 0"):
+        list(ahead(batch, range(3), torch.device("meta")))
+
+
+def test_captions_tokenised_once_are_those_of_each_batch():
+    captions = [f"a {'very ' * (i % 7)}small circle {i}" for i in range(2500)]
+    tokenizers = Tokenizer.train(captions[:9]), Tokenizer.train(captions[-9:])
+    tokenize = lambda texts: [tokenizer(texts) for tokenizer in tokenizers]
+    kept = Captions(tokenize, captions)
+    for indices in ([3], [0, 2499, 7, 7, 1200], range(0, 2500, 11)):
+        expected = tokenize([captions[i] for i in indices])
+        for (tokens, mask), (known, known_mask) in zip(kept(torch.tensor(list(indices))), expected):
+            assert torch.equal(mask, known_mask) and torch.equal(tokens * mask, known * known_mask)

@@ -116,7 +116,7 @@ def test_a_checkpoint_of_some_processes_goes_on_in_others(folder, tmp_path, befo
     until(tmp_path, 5)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=600)[0]
-    assert f"with a checkpoint in {tmp_path}. Go on with the same command and --resume" in text, text
+    assert f"with a checkpoint in {tmp_path}. Go on with this command and --resume" in text, text
     assert before > 1 or process.returncode == 0
     steps = len(rows(tmp_path))
     assert 5 <= steps < 20 and checkpoints.folders(tmp_path)[-1].name == f"{steps:06d}"
@@ -170,13 +170,13 @@ def here(folder, out, *flags):
 
 
 def poison(monkeypatch, steps):
-    real = train.diffusion_loss
+    real = train.draw
 
-    def poisoned(model, x0, text, step, *rest):
-        loss, levels = real(model, x0, text, step, *rest)
-        return (loss * float("nan") if step.number in steps else loss), levels
+    def poisoned(step, *rest):
+        drawn = real(step, *rest)
+        return drawn | dict(noise=drawn["noise"] * float("nan")) if step.number in steps else drawn
 
-    monkeypatch.setattr(train, "diffusion_loss", poisoned)
+    monkeypatch.setattr(train, "draw", poisoned)
 
 
 def test_a_poisoned_batch_is_skipped_and_named(folder, tmp_path, monkeypatch):
