@@ -116,8 +116,8 @@ class AutoencoderKL(nn.Module):
         self.register_buffer("scale", torch.full((1,), 1 / config.scaling_factor), persistent=False)
 
     def parts(self, x, positions):
-        """x, of so many latent positions a sample, in parts: on a GPU four times as much at once."""
-        most = self.at_once if x.device.type == "cpu" else 4 * self.at_once
+        """x, of so many latent positions a sample, in parts: on a GPU twice as much at once."""
+        most = self.at_once if x.device.type == "cpu" else 2 * self.at_once
         return x.split(max(1, most // positions))
 
     def moments(self, pictures):

@@ -193,14 +193,14 @@ def report(stage, config, gpus, tflops=989.0, utilisation=0.4):
     lengths = [NULL_TOKENS[name] for name in encoders] or [20]  # of the captions
     side = config.image_size // frozen["autoencoder"].factor
     shape = config.frames if stage == "video" else 0, side, lengths
-    flops, _ = training_step(model.config, 1, *shape, config.checkpointing)
-    work = batch * flops
+    local = batch // gpus // accumulate  # samples of a GPU at a time
+    one, two = (training_step(model.config, count, *shape, config.checkpointing)[0] for count in (1, 2))
+    work = batch // local * (one + (local - 1) * (two - one))  # the null text is projected once for all
     reading = batch * sum(2 * size_of(frozen[name]) * NULL_TOKENS[name] for name in encoders)
     texts = f"{reading / 1e12:.2f} for the frozen text encoders"
     lines.append(f"a step of {batch}: {work / 1e12:.2f} TFLOP, and {texts}")
 
     half = config.precision != "fp32"
-    local = batch // gpus // accumulate  # samples of a GPU at a time
     each = {"weights": 4, "gradients": 4, "optimizer": STATE_BYTES[config.optimizer], "EMA": 4}  # bytes
     memory = {name: total * count / sharers for name, count in each.items()}
     if config.accumulate > 1:

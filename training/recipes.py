@@ -39,7 +39,7 @@ class Flags:
     p_motion_free: float = flag(0.15, "video: share of pictures, under the mask", low=0, high=0.99)
     joint: bool = flag(True, "video: train on pictures too; false: on clips alone")
     motion_free_mask: bool = flag(True, "video: false: the pictures are still clips like any other")
-    frame_curriculum: str = flag("100,100,800", "video, ours: steps that see 1, 2, 4 frames a clip")
+    frame_curriculum: str = flag("80,80,600", "video, ours: steps that see 1, 2, 4 frames a clip")
     own_timesteps: float = flag(0.85, "video, ours: share with a timestep a frame", low=0, high=1)
 
     steps: int = flag(0, "0: the recipe's", low=0, group="optimizer")
@@ -48,7 +48,7 @@ class Flags:
     lr: float = flag(3e-3, "the learning rate", low=0)
     beta2: float = flag(0.99, "AdamW's average of squared gradients decays by this", low=0, high=0.9999)
     warmup: int = flag(50, "steps of rising learning rate", low=0)
-    cooldown: float = flag(0.4, "last share of the steps, of falling learning rate", low=0, high=1)
+    cooldown: float = flag(0.6, "last share of the steps, of falling learning rate", low=0, high=1)
     weight_decay: float = flag(0.0, "AdamW's", low=0)
     max_norm: float = flag(1.0, "gradients longer than this are shortened to it; 0: none are", low=0)
     ema: float = flag(0.999, "decay of the averaged weights", low=0, high=1)
@@ -84,8 +84,8 @@ PAPER = dict(
 )
 # The demo's, where they differ from the defaults above.
 AUTOENCODER = dict(steps=1000, batch_size=16, lr=2e-3, cooldown=0.5)
-IMAGE = dict(steps=1200)
-VIDEO = dict(steps=1300, batch_size=16)
+IMAGE = dict(steps=950)
+VIDEO = dict(steps=1000, batch_size=16)
 
 # What a model that starts from another (--init) takes from it.
 INHERITED = (

@@ -229,7 +229,7 @@ def test_an_autoencoder_that_was_stopped_goes_on_with_the_same_command(pictures,
     monkeypatch.setitem(recipes.AUTOENCODER, "steps", 6)
     command = ["image", "--data", "data", *FLAGS]
     real = train.StopSignals.on_any_rank
-    monkeypatch.setattr(train.StopSignals, "on_any_rank", lambda self: True)
+    monkeypatch.setattr(train.StopSignals, "on_any_rank", lambda self, step: True)
     with pytest.raises(SystemExit):
         train.main(command)
     assert "in runs/autoencoder-data. Go on with the same command\n" in capsys.readouterr().out
