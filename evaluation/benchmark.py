@@ -86,8 +86,7 @@ def build(device, size, count, frames=0, side=32, length=120, **changes):
     return model, random_inputs(model.config, count, frames, side, [length], device=device)
 
 
-def against_a_product(bench, size, count):
-    n = 8192 if bench.device.type == "cuda" else 4096
+def against_a_product(bench, size, count, n):
     a = torch.randn(n, n, device=bench.device).to(DTYPES[bench.precision])
     product = lambda: a @ a
 
@@ -225,7 +224,7 @@ def main(arguments):
     size, count = ("XL", 64) if large else ("S", 8)
     bench = Bench(device, 3 if flags.quick else 9)
     print(f"{processor(device)}, {torch.get_num_threads()} threads, {bench.precision} products")
-    against_a_product(bench, size, count)
+    against_a_product(bench, size, count, 8192 if large else 4096)
     against_peers(bench, size, count)
     attention_rows(bench, size, count)
     clips_and_guidance(bench, size, 64 if large else 2)

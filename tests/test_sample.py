@@ -450,3 +450,15 @@ def test_hints_are_commands_that_exist():
         text = (ROOT / name).read_text().replace("{stage}", "image")
         for hint in re.findall(r"`(python [^`]+)`", text) + re.findall(r"'no prompt: (python [^,]+),", text):
             check_command(shlex.split(hint))
+
+
+def test_a_prompts_keys_and_values_are_computed_once(run):
+    """Not at every step of a sampler: once for the guided batch, once for the plain one outside of the interval."""
+    model, calls = Pipeline.load(run), []
+    for block in model.transformer.blocks:
+        block.cross_attention.attention.kv.register_forward_hook(lambda *_: calls.append(1))
+    once = 2 * len(model.transformer.blocks)  # captions and null text
+    for interval, batches in (((0.0, 1.0), 1), ((0.2, 0.8), 2)):
+        calls.clear()
+        model.generate(CAPTIONS, steps=6, interval=interval)
+        assert len(calls) == batches * once

@@ -112,7 +112,9 @@ def ahead(read, steps, device):
     if device.type == "cpu":
         yield from map(read, steps)
         return
-    with ThreadPoolExecutor(1) as thread:
+    # a thread has a current GPU of its own, on which memory would be pinned
+    prepare = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, initializer=prepare) as thread:
         coming = None
         for step in steps:
             ready, coming = coming, thread.submit(lambda step: moved(read(step), device), step)

@@ -149,6 +149,14 @@ def test_replicas_groups_accumulation_checkpointing_and_bf16_agree(folder, tmp_p
     assert 0 < (losses(tmp_path / "c") - losses(tmp_path / "b")).abs().max() < 0.02
 
 
+def test_muon_on_shares_is_muon(folder, tmp_path):
+    """With every gradient clipped: the losses of one process."""
+    flags = ["--optimizer", "muon", "--lr", "1e-3", "--steps", "5", "--cooldown", "0", "--max-norm", "0.1"]
+    for processes in (1, 2):
+        run(folder, tmp_path / str(processes), processes, *flags)
+    assert (losses(tmp_path / "1") - losses(tmp_path / "2")).abs().max() < 1e-5
+
+
 def test_a_process_that_dies_ends_the_run(folder, tmp_path):
     process = start(folder, tmp_path, 2, "--steps", "5000")
     until(tmp_path, 3)
