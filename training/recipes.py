@@ -84,7 +84,7 @@ PAPER = dict(
 )
 # The demo's, where they differ from the defaults above.
 AUTOENCODER = dict(steps=1000, batch_size=16, lr=2e-3, cooldown=0.5)
-IMAGE = dict(steps=950)
+IMAGE = dict(steps=1100)
 VIDEO = dict(steps=1000, batch_size=16)
 
 # What a model that starts from another (--init) takes from it.
