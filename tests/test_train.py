@@ -341,11 +341,10 @@ def test_a_step_reads_no_value_back(folder, clip_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.Window, "end_step", ended)
     for name in READING:
         monkeypatch.setattr(torch.Tensor, name, spy(name, getattr(torch.Tensor, name)))
-    for optimizer in ("muon", "adamw"):
-        image(folder, tmp_path / optimizer, "--optimizer", optimizer)
-    video(folder, clip_folder, tmp_path / "video")
+    image(folder, tmp_path / "image", "--optimizer", "adamw")
+    video(folder, clip_folder, tmp_path / "video")  # with Muon
     train.main(["autoencoder", "--data", str(folder), *TINY, "--out", str(tmp_path / "autoencoder")])
-    assert len(steps) >= 12 and not found
+    assert len(steps) >= 9 and not found
 
 
 @pytest.mark.parametrize("stage", ["image", "video"])
