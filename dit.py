@@ -221,7 +221,7 @@ class GenTron(nn.Module):
         P, D = self.config.patch, self.config.width
         nowhere = torch.zeros(B, dtype=torch.bool, device=x.device)
 
-        texts, pooled = self.condition(text, text_mask, nowhere if dropped is None else dropped)  # …, (B, D)
+        texts, pooled = self.condition(text, text_mask, nowhere if dropped is None else dropped)  # (B, D)
         c = self.time(t).view(B, -1, D) + pooled.unsqueeze(1)  # (B, F or 1, D)
 
         y = self.patch_embedding(patchify(clip.flatten(0, 1), P))  # (B·F, N, D)

@@ -212,8 +212,8 @@ def train_image(flags):
 
     def read(step):
         names, x0, text = samples(step)
-        random = draw(step, model.latent_shape(), dataset.group, flags, model.diffusion)
-        return dict(names=names, x0=x0, text=text, clips={}, **random)
+        drawn = draw(step, model.latent_shape(), dataset.group, flags, model.diffusion)
+        return dict(names=names, x0=x0, text=text, clips={}, **drawn)
 
     prompts = models.some_captions(dataset, 16)
     preview = lambda: figures.grid(model.generate(prompts), prompts)
@@ -254,10 +254,10 @@ def train_video(flags):
         repeated = still[b].unsqueeze(1).expand(-1, len(seen), -1, -1, -1)  # (B, K, C, h, w)
         x0 = torch.where(free.view(-1, 1, 1, 1, 1), repeated, moving[a][:, seen])  # (B, K, C, h, w)
         captions = text(torch.where(free, len(moving) + b, a))  # of the pictures or the clips
-        random = draw(step, x0.shape[1:], group, flags, model.diffusion)
+        drawn = draw(step, x0.shape[1:], group, flags, model.diffusion)
         motion_free = free if flags.joint and flags.motion_free_mask else None
         of_clips = dict(motion_free=motion_free, frame_numbers=seen)
-        return dict(names=a, x0=x0, text=captions, clips=of_clips, **random)
+        return dict(names=a, x0=x0, text=captions, clips=of_clips, **drawn)
 
     prompts = films.captions[:8]
     preview = lambda: figures.sheet(model.generate(prompts), prompts)

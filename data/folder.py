@@ -175,7 +175,8 @@ def read_folder(folder, entries, suffixes, read, flag, what):
         except ValueError as reason:
             return None, Path(printable(path)), printable(reason)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
+    threads = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes outside of Python's lock
+    try:
         results = threads.map(attempt, captioned)
         results = tqdm(results, f"reading {folder}", len(captioned), leave=False, disable=None)
         for caption, result, reason in results:
@@ -183,6 +184,8 @@ def read_folder(folder, entries, suffixes, read, flag, what):
                 found.append((caption, result))
             else:
                 skipped.append((result, reason))
+    finally:
+        threads.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest of the folder
     if not found:
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped[:5])
         raise ValueError(

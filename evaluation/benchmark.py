@@ -219,6 +219,8 @@ class Flags:
 
 def main(arguments):
     flags, _, _ = read(Flags, arguments, "python -m evaluation.benchmark", __doc__.partition("\n")[0])
+    if not Path(flags.json).parent.is_dir():
+        raise ValueError(f"--json {flags.json}: there is no folder {Path(flags.json).parent}")
     device = device_of(flags.device)
     large = device.type == "cuda"
     size, count = ("XL", 64) if large else ("S", 8)

@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, parts=1))
         self.dtype = dtype
-        self.grad_scale = self.found_inf = None  # as in `clip_and_step`
+        self.grad_scale, self.found_inf = torch.ones(()), torch.zeros(())  # as in `clip_and_step`
 
     @torch.no_grad()
     def step(self):
@@ -60,16 +60,13 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             m, gradient = self.state[p]["momentum"], p.grad
-            if self.grad_scale is not None:  # or m stays as it is
-                gradient = torch.where(self.found_inf > 0, m, gradient / self.grad_scale)
+            gradient = torch.where(self.found_inf > 0, m, gradient / self.grad_scale)  # or m stays as it is
             m.lerp_(gradient, 1 - group["momentum"])  # 0.05 times the m above; UVᵀ ignores scale
             update = whole(torch.lerp(gradient, m, group["momentum"])).flatten(1)
             updates.append(update.unflatten(0, (group["parts"], -1)))  # (parts, rows, columns)
         updates = orthogonalise(torch.cat(updates).to(self.dtype)).to(params[0].dtype)
-        lr = group["lr"]
-        if self.found_inf is not None:
-            lr = lr * (1 - self.found_inf)
-            updates = updates * (1 - self.found_inf)
+        lr = group["lr"] * (1 - self.found_inf)
+        updates = updates * (1 - self.found_inf)
         size = group["lr"] * 0.2 * max(updates.shape[1:]) ** 0.5
         for p, update in zip(params, updates.split(group["parts"])):
             if group["weight_decay"]:

@@ -2,6 +2,7 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import emoji, shapes
+from data import emoji, folder, shapes
 from data.folder import Folder
 
 
@@ -308,3 +309,24 @@ def test_the_emoji_command_reads_its_flags(tmp_path, monkeypatch, capsys):
     for words in ([], ["one", "two"]):
         with pytest.raises(ValueError, match="give one folder"):
             emoji.main(words)
+
+
+def test_ctrl_c_does_not_wait_for_the_rest_of_a_folder(tmp_path, monkeypatch):
+    for i in range(300):
+        (tmp_path / f"{i}.png").touch()
+        (tmp_path / f"{i}.txt").write_text("a star")
+    read = []
+
+    def slowly(path):
+        time.sleep(0.01)
+        read.append(path)
+        return path
+
+    def interrupted(results, *_, **__):
+        yield next(iter(results))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "tqdm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        folder.read_folder(tmp_path, list(tmp_path.iterdir()), {".png"}, slowly, "--data", "picture")
+    assert len(read) < 100

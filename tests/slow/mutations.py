@@ -28,7 +28,6 @@ KNOWN = {
     ("dit.py", "row, column = torch.meshgrid(row, column)"): "ij is torch's own choice too, with a warning",
     ("dit.py", "angle = position.unsqueeze(-1) * frequency"): "positions are integers or float32",
     ("dit.py", "module.weight"): "torch's own LayerNorm starts so too",
-    ("diffusion.py", "table = table"): "acts on Apple's GPUs alone",
     ("diffusion.py", "u = torch.linspace(1, 0, count)"): "rounds other halves",
     ("diffusion.py", "for t, s in zip(times, times[1:] + [-2]):"): "any negative s ends a sampler; DDPM's notices",
     ("diffusion.py", "for key in conditions[1]:"): "all conditions have the same keys",
