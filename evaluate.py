@@ -1,7 +1,7 @@
 """Do pictures show what their prompts say? A composition benchmark, judged from pixels.
 
     python evaluate.py             the newest image run: six columns, for seen and unseen combinations;
-                                   of a run on a folder: how many samples look like their caption's picture
+                                   of a run on a folder: do samples look like the picture of their caption?
     python evaluate.py --video     the newest video run: motion, and the six columns frame by frame
     python evaluate.py --video --sweep FILE.png     the same over guidance scales, as curves
 
@@ -15,7 +15,6 @@ finds all that its column asks for, and as many things as the prompt names; else
 An "unseen" prompt names a pair of colour and shape, or of texture and shape, that no training picture has.
 """
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +27,9 @@ from common import figures
 from common.files import newest_run
 from common.flags import SEEDS, dashed, flag, read, run_command
 from common.hardware import PRECISIONS, device_of, precision_of
-from data import folder
+from data import clips, folder
 from diffusion import SAMPLERS
+from evaluation import likeness
 from evaluation.judge import judge, judge_clip, look
 from evaluation.prompts import COLUMNS, motion_prompts, moving_prompts, only_in_pictures, prompts
 from sample import Pipeline
@@ -81,7 +81,7 @@ def sweep(generate, count, seed, path, scales_m=(0, 1, 1.1, 1.2, 1.3, 1.6, 2), s
     """Scores over λ_M at λ_T = 2, and over λ_T at λ_M = 1: printed, drawn as curves to path, and returned."""
     rows = {}
     for t, m in dict.fromkeys([(2, m) for m in scales_m] + [(t, 1) for t in scales_t]):
-        row = motion(lambda prompts: generate(prompts, t, m), count, seed)
+        row = motion(lambda prompts: generate(prompts, lambda_t=t, lambda_m=m), count, seed)
         rows[t, m] = row | {"frames": row["frames"]["mean"]}
         shown = "  ".join(f"{key} {score:.3f}" for key, score in rows[t, m].items())
         print(f"λ_T {t:g} λ_M {m:g}: {shown}")
@@ -94,30 +94,13 @@ def sweep(generate, count, seed, path, scales_m=(0, 1, 1.1, 1.2, 1.3, 1.6, 2), s
     return {"sweep": [dict(lambda_t=t, lambda_m=m, **row) for (t, m), row in rows.items()]}
 
 
-@torch.no_grad()
-def retrieval(autoencoder, dataset, generate, count=100, seed=0):
-    """For models of any pictures: the share of `count` random training captions whose sample is nearest to a
-    training picture of the same caption. Distance is Euclidean, between latents. generate: as above."""
-    captions = dataset.captions
-    chosen = random.Random(seed).sample(range(len(captions)), min(count, len(captions)))
-    device = next(autoencoder.parameters()).device
-
-    def encode(pictures):
-        """(N, 3, S, S) uint8 → (N, C·h·w)."""
-        parts = (figures.from_bytes(part).to(device) for part in pictures.split(256))
-        return torch.cat([autoencoder.encode(part).flatten(1) for part in parts])
-
-    training = encode(dataset.pictures(range(len(captions))))
-    samples = encode(generate([captions[i] for i in chosen]))
-    nearest = torch.cdist(samples, training).argmin(1).tolist()  # (count,)
-    return float(np.mean([captions[n] == captions[i] for n, i in zip(nearest, chosen)]))
-
-
 def print_table(rows):
     """rows: {name: {column: number}}, all with the same columns."""
-    print(" " * 8 + "".join(column.rjust(13) for column in next(iter(rows.values()))))
+    columns, indent = next(iter(rows.values())), max(8, *(len(name) + 1 for name in rows))
+    print(" " * indent + "".join(column.rjust(max(13, len(column) + 2)) for column in columns))
     for name, row in rows.items():
-        print(name.ljust(8) + "".join(f"{number:13.3f}" for number in row.values()))
+        numbers = (f"{number:{max(13, len(column) + 2)}.3f}" for column, number in row.items())
+        print(name.ljust(indent) + "".join(numbers))
 
 
 @dataclass
@@ -160,9 +143,9 @@ def check(flags, given):
 
 
 def training_data(flags, run, trained_on):
-    """"shapes", or the folder of pictures to compare with. trained_on: the run's own --data. ValueError if
-    there are no pictures now, or --data has no effect."""
-    if flags.video or trained_on == "shapes":
+    """"shapes", or the folder of pictures or clips to compare with. trained_on: the run's own --data or
+    --clips. ValueError if there is no such folder now, or --data has no effect."""
+    if trained_on in (None, "shapes"):
         if flags.data:
             raise ValueError(f"--data {flags.data}: {run} is judged by prompts of shapes alone; leave it out")
         return "shapes"
@@ -173,6 +156,27 @@ def training_data(flags, run, trained_on):
     return source
 
 
+def of_folder(flags, model, run, source, generate, frames):
+    """Scores of a run on a folder of pictures or clips, by evaluation/likeness.py; printed. Of pictures, a
+    sheet of samples and their nearest training pictures is written to RUN/neighbours.png."""
+    if flags.sweep:
+        raise ValueError(f"--sweep {flags.sweep}: of runs on shapes only; {run} was trained on {source}")
+    size = model.config["image_size"]
+    if flags.video:
+        films = clips.load(source, size, frames, model.config["flags"]["fps"])
+        scores = likeness.of_clips(model.autoencoder, films, generate, flags.prompts, flags.seed)
+        for name, score in scores.items():
+            print(f"{name.ljust(30)}{score:.3f}")
+        return scores
+    train, test = folder.Folder(source, size), folder.unseen(source, size)
+    scores, sheet = likeness.of_pictures(model.autoencoder, train, test, generate, flags.prompts, flags.seed)
+    sheet.save(run / "neighbours.png")
+    print_table({name: row for name, row in scores.items() if name != "diversity"})
+    print(f"4 samples of a caption differ by {scores['diversity']:.2f} of what training pictures do")
+    print(f"samples beside their nearest training pictures → {run}/neighbours.png")
+    return scores
+
+
 def main(arguments):
     flags, given, _ = read(Flags, arguments, "python evaluate.py", __doc__.partition("\n")[0])
     check(flags, given)
@@ -180,8 +184,6 @@ def main(arguments):
     device = device_of(flags.device)
     model = Pipeline.load(run, clip=flags.clip, t5=flags.t5).to(device)
     model.precision = precision_of(flags.precision, device, model.trained_in)
-    if flags.video and model.config["flags"].get("clips") not in (None, "shapes"):
-        raise ValueError(f"{run} was trained on clips from a folder; --video judges clips of shapes")
     if flags.video != model.transformer.config.temporal:
         found, advice = ("an image", "leave out") if flags.video else ("a video", "give")
         raise ValueError(f"{run} holds {found} model: {advice} --video")
@@ -190,28 +192,26 @@ def main(arguments):
         frames = flags.frames or model.config["frames"]
     size = max(1, flags.batch_size // max(1, frames))
 
-    def generate(texts, lambda_t=flags.lambda_t, lambda_m=flags.lambda_m):
+    def generate(texts, seeds=None, lambda_t=flags.lambda_t, lambda_m=flags.lambda_m):
         """List of N prompts → (N, 3, S, S) uint8, or clips (N, F, 3, S, S)."""
-        options = flags.seed, flags.sampler, flags.steps, lambda_t, lambda_m
+        seeds, options = seeds or [flags.seed] * len(texts), (flags.sampler, flags.steps, lambda_t, lambda_m)
         starts = tqdm(range(0, len(texts), size), desc="sampling", disable=None, leave=False)
-        return torch.cat([model.generate(texts[i : i + size], *options, frames=frames) for i in starts])
+        parts = ((texts[i : i + size], seeds[i : i + size]) for i in starts)
+        return torch.cat([model.generate(*part, *options, frames=frames) for part in parts])
 
-    count, source = flags.prompts, training_data(flags, run, model.config["flags"]["data"])
-    if flags.sweep:
+    count, trained_on = flags.prompts, model.config["flags"].get("clips" if flags.video else "data")
+    source = training_data(flags, run, trained_on)
+    if source != "shapes":
+        scores = of_folder(flags, model, Path(run), Path(source), generate, frames)
+    elif flags.sweep:
         scores = sweep(generate, count, flags.seed, flags.sweep)
     elif flags.video:
         scores = motion(generate, count, flags.seed)
         print_table({"": {key: score for key, score in scores.items() if key != "frames"}})
         print_table({"frames": scores["frames"]})
-    elif source == "shapes":
+    else:
         scores = composition(generate, count, flags.seed)
         print_table(scores)
-    else:
-        dataset = folder.load(source, model.config["image_size"])
-        share = retrieval(model.autoencoder, dataset, generate, count, flags.seed)
-        asked = min(count, len(dataset))
-        print(f"nearest training picture is the caption's own: {share:.2f} of {asked} captions")
-        scores = {"retrieval": share}
     if flags.json:
         settings = ("seed", "sampler", "steps", "lambda_t", "lambda_m", "prompts")
         scores |= {name: getattr(flags, name) for name in settings}

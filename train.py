@@ -145,8 +145,8 @@ def train_autoencoder(flags, **more):
     some = dataset.pictures(Step(flags.seed, 0, slice(0, 512), 512).indices(len(dataset)))
     some = from_bytes(some).to(device)
     model.start_from(some)
-    fresh = flags.data == "shapes"
-    check = folder.load("shapes", flags.image_size, flags.seed + 1) if fresh else dataset
+    unseen = folder.unseen(flags.data, flags.image_size, flags.seed)
+    check = unseen or dataset
     check = from_bytes(check.pictures(range(min(256, len(check))))).to(device)
 
     side = flags.image_size // model.factor
@@ -176,7 +176,7 @@ def train_autoencoder(flags, **more):
     check_scale(model.encode(check))
     quality = psnr(model, check)
     log(step=flags.steps, psnr=quality)
-    kind = "fresh" if fresh else "of the"
+    kind = "unseen" if unseen else "of the"
     print(f"autoencoder: {quality:.1f} dB on {len(check)} {kind} pictures → {flags.out}")
 
 
@@ -240,7 +240,7 @@ def train_video(flags):
     moving = encode_all(model.autoencoder, len(films), films.clips, 32)  # (N, F, C, h, w)
     still = encode_all(model.autoencoder, len(stills), stills.pictures, 256)  # (N, C, h, w)
     group = max(films.group, stills.group)
-    text = Captions(model.tokenize, [*films.captions, *stills.captions])
+    text = Captions(model.tokenize, films, stills)
     share = flags.p_motion_free if flags.joint else 0.0
     curriculum = numbers(flags, "frame_curriculum", 3)
 
@@ -253,7 +253,8 @@ def train_video(flags):
         free = tricks.in_groups(torch.rand(step.count, generator=generator) < share, group, step.rows)  # (B,)
         repeated = still[b].unsqueeze(1).expand(-1, len(seen), -1, -1, -1)  # (B, K, C, h, w)
         x0 = torch.where(free.view(-1, 1, 1, 1, 1), repeated, moving[a][:, seen])  # (B, K, C, h, w)
-        captions = text(torch.where(free, len(moving) + b, a))  # of the pictures or the clips
+        choice = torch.rand(step.count, generator=generator)[step.rows]  # (B,)
+        captions = text(torch.where(free, len(moving) + b, a), choice)  # of the pictures or the clips
         drawn = draw(step, x0.shape[1:], group, flags, model.diffusion)
         motion_free = free if flags.joint and flags.motion_free_mask else None
         of_clips = dict(motion_free=motion_free, frame_numbers=seen)

@@ -111,7 +111,8 @@ class ClipFolder:
         entries.sort(key=natural)
         read = lambda file: open_clip(file, size, frames, fps)
         kinds = ANIMATIONS + FILMS
-        self.captions, found, self.skipped = read_folder(folder, entries, kinds, read, "--clips", "clip")
+        self.variants, found, self.skipped = read_folder(folder, entries, kinds, read, "--clips", "clip")
+        self.captions = [captions[0] for captions in self.variants]
         self.held = sum(length < frames for _, length in found)
         self.array = torch.from_numpy(np.stack([clip for clip, _ in found])).permute(0, 1, 4, 2, 3)
 

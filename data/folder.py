@@ -2,14 +2,18 @@
 
     shapes   pictures drawn here (shapes.py)
     folder   any folder of pictures, with the folders below it and those that links lead to. The caption of
-             NAME.jpg is in NAME.txt beside it, or captions.jsonl has one line {"file": "NAME.jpg",
-             "caption": "…"} for each picture.
+             NAME.jpg is in NAME.txt beside it, or in a listing. captions.jsonl has a line {"file":
+             "NAME.jpg", "caption": "…"} for each picture; metadata.jsonl and metadata.csv have "file_name"
+             and "text" (or "caption"), as in Hugging Face's imagefolder. A listing counts for the folder that
+             it lies in and those below. Training draws one of several captions, if a picture has a list.
+             Of an imagefolder with splits, train/ and test/ or validation/, train/ alone is read.
 
 A data set has `captions`, a list of N strings; `pictures(indices)`, which gives (B, 3, S, S) uint8; `group`,
 the number of neighbours that training keeps together in a batch; and `skipped`, a list of (path, reason) for
 the files that were left out. Every file is used or has its reason there. Files of unknown kinds share one for
 each extension; hidden files and texts, which may hold captions, need none.
 """
+import csv
 import json
 import os
 import re
@@ -27,6 +31,9 @@ from data.shapes import Shapes
 NEED_MORE = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")  # Pillow alone can't read these it knows
 PICTURES = {suffix for suffix, kind in Image.registered_extensions().items()
             if kind in Image.OPEN and kind not in NEED_MORE}
+LISTINGS = ("metadata.csv", "metadata.jsonl", "captions.jsonl")  # if a folder has several, the last counts
+SPLITS = dict(train=("train", "training"), test=("test", "testing", "eval", "evaluation"),
+              validation=("validation", "valid", "val", "dev"))  # as the imagefolder names them
 TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".xml", ".yaml", ".yml")
 
 
@@ -108,26 +115,62 @@ def files_below(folder):
     return sorted(files, key=natural), problems
 
 
-def read_captions(folder, candidates):
-    """Yields (path, caption, problem) for each line of captions.jsonl, and for the candidate paths that it
-    lacks. Without this file: for each candidate, with the caption from the .txt beside it. The caption is as
-    it was read, or there is a problem."""
-    listing, listed = folder / "captions.jsonl", set()
-    if listing.exists():
-        for number, line in enumerate(listing.read_bytes().splitlines(), 1):
-            try:
-                entry = json.loads(line)
-                path, caption = folder / entry["file"], entry["caption"]
-                named = Path(os.path.abspath(path))
-                listed.update((named, *named.parents))  # a clip's folder too
-                yield path, caption, None
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                yield f"{listing}, line {number}", None, f'not {{"file": …, "caption": …}} in UTF-8 ({error})'
-        for path in candidates:
-            if Path(os.path.abspath(path)) not in listed:
-                yield path, None, f"{listing.name} has no line for it"
+def rows_of(listing):
+    """Yields (number, entry, problem) for each row of a listing: a dictionary, or why it is none."""
+    if listing.suffix == ".csv":
+        try:
+            with open(listing, encoding="utf-8-sig", newline="") as file:
+                rows = csv.DictReader(file)
+                yield from ((rows.line_num, row, None) for row in rows)
+        except (ValueError, csv.Error) as error:
+            yield 1, None, f"not a table of commas in UTF-8 ({error})"
         return
+    for number, line in enumerate(listing.read_bytes().splitlines(), 1):
+        try:
+            yield number, json.loads(line), None
+        except (ValueError, RecursionError) as error:
+            yield number, None, f"not JSON in UTF-8 ({error})"
+
+
+def read_listing(listing):
+    """Yields (path, caption, problem) for each row. The path is None if the row names no file."""
+    for number, entry, problem in rows_of(listing):
+        entry = entry if isinstance(entry, dict) else {}
+        file = entry.get("file_name", entry.get("file"))
+        caption = entry.get("text", entry.get("caption"))
+        if not problem and not (file and isinstance(file, str) and {"text", "caption"} & entry.keys()):
+            problem = 'not {"file_name": …, "text": …} or {"file": …, "caption": …}'
+        if problem:
+            yield None, None, (Path(f"{listing}, line {number}"), problem)
+        elif not os.path.lexists(listing.parent / file):
+            problem = f"line {number} of {listing.name} names it; there is no such file"
+            yield listing.parent / file, None, problem
+        else:
+            yield listing.parent / file, caption, None
+
+
+def read_captions(candidates, listings):
+    """Yields (path, caption, problem) for each row of the listings, and for the candidate paths that they
+    lack: where no listing counts, with the caption from the .txt beside it. The caption is as it was read, or
+    there is a problem."""
+    listed = set()
+    for listing in listings:
+        for path, caption, problem in read_listing(listing):
+            if path is None:
+                yield problem[0], None, problem[1]
+                continue
+            named = Path(os.path.abspath(path))
+            listed.update((named, *named.parents))  # a clip's folder too
+            yield path, caption, problem
+    counts_for = {Path(os.path.abspath(listing)).parent: listing.name for listing in listings}
     for path in candidates:
+        absolute = Path(os.path.abspath(path))
+        if absolute in listed:
+            continue
+        listing = next((counts_for[parent] for parent in absolute.parents if parent in counts_for), None)
+        if listing:
+            yield path, None, f"{listing} has no line for it"
+            continue
         text = path.with_name(f"{path.name if path.is_dir() else path.stem}.txt")
         try:
             yield path, text.read_text(encoding="utf-8"), None
@@ -155,13 +198,15 @@ def tidy(caption):
 
 def read_folder(folder, entries, suffixes, read, flag, what):
     """Reads a folder of pictures or clips. entries: the paths to look at; of them, folders and files with one
-    of the suffixes are read. Returns N captions, the N results of read(path), and `skipped`: a list of (path,
-    reason) for those of other kinds, without a caption, or where read raised ValueError. ValueError if the
-    folder is missing or nothing in it can be used; flag ("--data") and what ("picture") word its message."""
+    of the suffixes are read. Returns N lists of captions, the N results of read(path), and `skipped`: a list
+    of (path, reason) for those of other kinds, without a caption, or where read raised ValueError. ValueError
+    if the folder is missing or nothing in it can be used; flag ("--data") and what ("picture") word its
+    message."""
     if not folder.is_dir():
         raise ValueError(f"{flag} {folder}: there is no such folder (or use {flag} shapes)")
     candidates = [path for path in entries if path.suffix.lower() in suffixes or path.is_dir()]
-    captioned = list(read_captions(folder, candidates))
+    listings = {path.parent: path for name in LISTINGS for path in entries if path.name == name}
+    captioned = list(read_captions(candidates, listings.values()))
     unknown = set(entries).difference(candidates, (path for path, _, _ in captioned))
     unknown = [path for path in unknown if not is_text(path)]
     found, skipped = [], by_extension(folder, unknown, f"no kind of {what} that can be read")
@@ -171,7 +216,8 @@ def read_folder(folder, entries, suffixes, read, flag, what):
         try:
             if problem:
                 raise ValueError(problem)
-            return tidy(caption), read(path), None
+            several = caption if isinstance(caption, list) and caption else [caption]
+            return [tidy(one) for one in several], read(path), None
         except ValueError as reason:
             return None, Path(printable(path)), printable(reason)
 
@@ -190,27 +236,43 @@ def read_folder(folder, entries, suffixes, read, flag, what):
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in skipped[:5])
         raise ValueError(
             f"{flag} {folder}: no usable {what} with a caption. Put it beside a .txt of the same name, "
-            f'or write a captions.jsonl with lines {{"file": "NAME", "caption": "…"}}.{reasons}'
+            f'or write a metadata.jsonl with lines {{"file_name": "NAME", "text": "…"}}.{reasons}'
         )
     captions, results = map(list, zip(*found))
     return captions, results, skipped
 
 
+def split_of(folder, split):
+    """The folder of a split, "train", "test" or "validation", in an imagefolder; None if it has none."""
+    return next((folder / name for name in SPLITS[split] if (folder / name).is_dir()), None)
+
+
 def read_pictures(folder, read, flag="--data"):
-    """read_folder for the pictures in a folder and in those below it."""
+    """read_folder for the pictures in a folder and in those below it; of splits, for those of train/."""
     files, problems = files_below(folder)
+    train = split_of(folder, "train")
+    if train and (split_of(folder, "test") or split_of(folder, "validation")):
+        others = {file.relative_to(folder).parts[0] for file in files if train not in file.parents}
+        reason = f"beside {train.name}/, which alone is trained on"
+        problems += [(folder / name, reason) for name in sorted(others)]
+        files = [file for file in files if train in file.parents]
     captions, results, skipped = read_folder(folder, files, PICTURES, read, flag, "picture")
     return captions, results, problems + skipped
 
 
 class Folder:
-    """A folder of pictures with captions, read into memory: 3·S² bytes a picture. Raises as read_folder."""
+    """A folder of pictures with captions, read into memory: 3·S² bytes a picture. Raises as read_folder.
+    Besides what every data set has: `variants`, a list of captions for each picture, of which `captions` has
+    the first, and `labels`, the names of the folders that they lie in."""
 
     group = 1
 
     def __init__(self, folder, size=64):
-        self.captions, pictures, self.skipped = read_pictures(folder, lambda path: open_picture(path, size))
-        self.array = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (N, 3, S, S)
+        read = lambda path: (path.parent.name, open_picture(path, size))
+        self.variants, found, self.skipped = read_pictures(folder, read)
+        self.captions = [captions[0] for captions in self.variants]
+        self.labels = [label for label, _ in found]
+        self.array = torch.from_numpy(np.stack([picture for _, picture in found])).permute(0, 3, 1, 2)
 
     def __len__(self):
         return len(self.captions)
@@ -223,3 +285,12 @@ class Folder:
 def load(data, size, seed=0):
     """The data set that --data names: "shapes" or a folder."""
     return Shapes(size, seed=seed) if data == "shapes" else Folder(Path(data), size)
+
+
+def unseen(data, size, seed=0):
+    """Pictures that training with `load(data, size, seed)` never sees: other shapes, or an imagefolder's test
+    split. None if there are none."""
+    if data == "shapes":
+        return Shapes(size, seed=seed + 1)
+    test = split_of(Path(data), "test")
+    return test and Folder(test, size)

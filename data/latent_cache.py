@@ -80,7 +80,8 @@ def samples_of(data, size, seed):
         names = list(range(len(dataset)))
         return names, dataset.captions, lambda i: draw(dataset.scenes[i], size), [], dataset.group
     folder = Path(data)
-    captions, paths, skipped = read_pictures(folder, Path)
+    variants, paths, skipped = read_pictures(folder, Path)
+    captions = [several[0] for several in variants]  # of several, a cache keeps the first
     names = [os.path.relpath(path, folder) for path in paths]
     return names, captions, lambda name: open_picture(folder / name, size), skipped, Folder.group
 

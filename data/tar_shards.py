@@ -280,8 +280,8 @@ def main(arguments):
         return path
 
     try:
-        captions, pictures, skipped = read_pictures(folder, checked, "folder")
-        write_shards(out, pictures, captions, flags.per_shard)
+        variants, pictures, skipped = read_pictures(folder, checked, "folder")
+        write_shards(out, pictures, [captions[0] for captions in variants], flags.per_shard)
     except KeyboardInterrupt:
         print(f"\nstopped: nothing is packed in {out}")
         sys.exit(130)

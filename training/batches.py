@@ -134,11 +134,20 @@ def step_flops(outline, batch_loss, read, parts):
     return len(parts) * counter.total
 
 
-class Captions:
-    """The captions of a data set, tokenised once. A call with indices (B,) gives what Pipeline.tokenize gives
-    of those captions."""
+def variants_of(dataset):
+    """For each sample of a data set the list of its captions."""
+    return getattr(dataset, "variants", None) or [[caption] for caption in dataset.captions]
 
-    def __init__(self, tokenize, captions):
+
+class Captions:
+    """The captions of data sets, tokenised once: of each sample one, or one drawn from its list. A call with
+    indices (B,) and random numbers (B,) in 0…1 gives what Pipeline.tokenize gives of those captions."""
+
+    def __init__(self, tokenize, *datasets):
+        of_samples = [several for dataset in datasets for several in variants_of(dataset)]
+        captions = [caption for several in of_samples for caption in several]
+        self.several = torch.tensor(list(map(len, of_samples)))  # (N,)
+        self.first = self.several.cumsum(0) - self.several  # (N,)
         parts = [tokenize(captions[i : i + 1000]) for i in range(0, len(captions), 1000)]
         self.encoders = []  # (all tokens in a row, how many each caption has, where its first one lies)
         for part in zip(*parts):
@@ -146,7 +155,8 @@ class Captions:
             lengths = torch.cat([mask.sum(1) for _, mask in part])  # (N,)
             self.encoders.append((tokens, lengths, lengths.cumsum(0) - lengths))
 
-    def __call__(self, indices):
+    def __call__(self, indices, choice):
+        indices = self.first[indices] + (choice * self.several[indices]).long()
         found = []
         for tokens, lengths, starts in self.encoders:
             lengths, starts = lengths[indices].unsqueeze(1), starts[indices].unsqueeze(1)  # (B, 1)
@@ -224,12 +234,14 @@ def reader_of(flags, model, dataset):
         check_scale(in_memory)
         latents = lambda indices, flips: in_memory[indices]
 
-    captions = None if encoders else Captions(model.tokenize, dataset.captions)
+    captions = None if encoders else Captions(model.tokenize, dataset)
 
     def read(step):
         indices = step.indices(len(dataset), dataset.group)  # (B,)
-        flips = torch.randint(2, (step.count,), generator=step.generator("batch"))[step.rows]  # (B,)
-        text = [dataset.text(indices, name) for name in encoders] if encoders else captions(indices)
+        generator = step.generator("batch")
+        flips = torch.randint(2, (step.count,), generator=generator)[step.rows]  # (B,)
+        choice = torch.rand(step.count, generator=generator)[step.rows]  # (B,)
+        text = [dataset.text(indices, name) for name in encoders] if encoders else captions(indices, choice)
         return indices, latents(indices, flips), text
 
     return read

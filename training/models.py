@@ -22,6 +22,7 @@ from encoders.text import CONFIGS, NULL_TOKENS, POOLING
 from sample import Pipeline
 from temporal import inflate
 from training import distributed
+from training.batches import variants_of
 
 KEPT = ("text", "published", "autoencoder", "diffusion")  # of the config of the model that --init names
 
@@ -57,7 +58,8 @@ def hash_of_data(dataset):
     if isinstance(dataset, TarShards):
         names = [path.name for path in dataset.paths]
         return hashlib.sha256(json.dumps(names).encode() + dataset.rows.tobytes()).hexdigest()
-    digest = hashlib.sha256(json.dumps(dataset.captions).encode())
+    several = max(map(len, getattr(dataset, "variants", [()]))) > 1
+    digest = hashlib.sha256(json.dumps(dataset.variants if several else dataset.captions).encode())
     if hasattr(dataset, "array"):  # of a folder; shapes follow from their captions and the flags
         digest.update(dataset.array.contiguous().numpy())
     return digest.hexdigest()
@@ -77,10 +79,10 @@ def pictures_of(flags):
 
 
 def some_captions(dataset, most):
-    """At most so many captions of a data set; of tar shards, from all over them."""
+    """At most so many captions of a data set, all of each picture; of tar shards, from all over them."""
     if isinstance(dataset, TarShards):
         return [dataset.caption(i) for i in range(0, len(dataset), -(-len(dataset) // most))]
-    return dataset.captions[:most]
+    return [caption for several in variants_of(dataset)[:most] for caption in several]
 
 
 def vocabulary(captions):
@@ -113,7 +115,7 @@ def new_image_model(flags, dataset, autoencoder):
         qk_norm=flags.qk_norm, **of_text,
     )
     diffusion = {name: getattr(flags, name) for name in ("schedule", "target", "learned_variance", "shift")}
-    words = vocabulary(captions) if len(captions) == len(dataset) else []
+    words = vocabulary(captions) if len(dataset) <= 100_000 else []
     parts = dict(model=vars(model), autoencoder=vars(autoencoder.config), diffusion=diffusion, **text)
     torch.manual_seed(flags.seed)
     pipeline = Pipeline(describe(flags, words=words, **parts), tokenizer, empty=True)

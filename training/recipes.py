@@ -1,7 +1,6 @@
 """The flags of train.py with their ranges, and the recipes: what a run does if it is told nothing.
 
-The defaults of Flags are the laptop demo's. A size other than mini takes the values of PAPER for what is not
-given.
+The defaults of Flags are the laptop demo's. --recipe names another set of values for what is not given.
 """
 from dataclasses import dataclass
 
@@ -12,7 +11,10 @@ from common.hardware import PRECISIONS, device_of
 
 @dataclass
 class Flags:
-    data: str = flag("shapes", "shapes, a folder of captioned pictures, or one of tar shards", group="data")
+    recipe: str = flag(
+        "", "demo, emoji, emoji-gpu or paper: values for what is not given; demo for size mini, else paper",
+        choices=("", "demo", "emoji", "emoji-gpu", "paper"), group="data")
+    data: str = flag("shapes", "shapes, a folder of captioned pictures, or one of tar shards")
     image_size: int = flag(64, "pixels each way, a multiple of 16", low=16)
     cache: str = flag("", "a folder of latents that `python -m data.latent_cache` made of --data")
     workers: int = flag(2, "processes that read tar shards ahead", low=0)
@@ -86,6 +88,25 @@ PAPER = dict(
 AUTOENCODER = dict(steps=1000, batch_size=16, lr=2e-3, cooldown=0.5)
 IMAGE = dict(steps=1100)
 VIDEO = dict(steps=1000, batch_size=16)
+# Emoji (data/emoji.py), on a laptop: twice the latent's channels, since they are full of detail; less noise
+# than for shapes, since what a picture shows matters more than where it stands.
+EMOJI = dict(data="emoji", shift=3.0)
+# And on one GPU, at 128 pixels.
+EMOJI_GPU = dict(data="emoji", image_size=128)
+EMOJI_GPU_MODEL = EMOJI_GPU | dict(size="B", shift=3.0, lr=2e-3, warmup=100, cooldown=0.4)
+RECIPES = {
+    "demo": dict(autoencoder=AUTOENCODER, image=IMAGE, video=VIDEO),
+    "emoji": dict(
+        autoencoder=AUTOENCODER | dict(data="emoji", latent_channels=16, steps=4000),
+        image=EMOJI | dict(steps=1300), video=VIDEO | EMOJI | dict(clips="emoji/clips", steps=600),
+    ),
+    "emoji-gpu": dict(
+        autoencoder=AUTOENCODER | EMOJI_GPU | dict(latent_channels=16, steps=4000, batch_size=64),
+        image=EMOJI_GPU_MODEL | dict(batch_size=512, steps=1200),
+        video=EMOJI_GPU_MODEL | dict(batch_size=64, clips="emoji/clips", steps=800),
+    ),
+    "paper": dict(autoencoder=AUTOENCODER, image=IMAGE | PAPER, video=VIDEO | PAPER),
+}
 
 # What a model that starts from another (--init) takes from it.
 INHERITED = (
@@ -98,9 +119,9 @@ OF_VIDEO = (
     "frame_curriculum", "own_timesteps",
 )
 OF_AUTOENCODER = (
-    "data", "image_size", "latent_channels", "steps", "batch_size", "optimizer", "lr", "beta2", "warmup",
-    "cooldown", "weight_decay", "max_norm", "ema", "accumulate", "patience", "out", "seed", "resume",
-    "overwrite", "log_every", "sample_every", "checkpoint_every", "keep", "device", "precision",
+    "recipe", "data", "image_size", "latent_channels", "steps", "batch_size", "optimizer", "lr", "beta2",
+    "warmup", "cooldown", "weight_decay", "max_norm", "ema", "accumulate", "patience", "out", "seed",
+    "resume", "overwrite", "log_every", "sample_every", "checkpoint_every", "keep", "device", "precision",
 )
 
 
@@ -111,9 +132,8 @@ def read_flags(stage, arguments, sizes):
     config.size = config.size.removesuffix("/2")  # the papers' name of the patch
     if config.size not in sizes:
         raise ValueError(f"--size {config.size}: not one of {', '.join(sizes)}")
-    recipe = {"autoencoder": AUTOENCODER, "image": IMAGE, "video": VIDEO}[stage]
-    if stage != "autoencoder" and config.size != "mini":
-        recipe = recipe | PAPER
+    config.recipe = config.recipe or ("demo" if config.size == "mini" else "paper")
+    recipe = RECIPES[config.recipe][stage]
     for name, value in recipe.items():
         if name not in given:
             setattr(config, name, value)
@@ -136,7 +156,8 @@ def read_flags(stage, arguments, sizes):
 
 def of_autoencoder(flags, sizes):
     """The flags of the autoencoder stage that the image stage with these flags runs first."""
-    same = ("data", "image_size", "seed", "device", "precision", "latent_channels")
+    same = ["recipe", "data", "image_size", "seed", "device", "precision"]
+    same += ["latent_channels"] * (flags.latent_channels > 0)  # 0: the recipe's
     words = [word for name in same for word in (f"--{dashed(name)}", str(getattr(flags, name)))]
     return read_flags("autoencoder", [*words, "--out", flags.autoencoder], sizes)
 

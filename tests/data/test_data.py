@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import emoji, folder, shapes
+from data import folder, shapes
 from data.folder import Folder
 
 
@@ -257,7 +257,7 @@ def test_one_file_that_cannot_be_opened_is_named_and_the_rest_goes_on(tmp_path, 
 
 
 def test_captions_that_are_no_texts_and_pictures_that_the_listing_lacks_are_named(tmp_path):
-    values = ["null", "NaN", '["a", "b"]', "false", '{"en": "a"}', "3", '"\\ud83d"', '"red"']
+    values = ["null", "NaN", '["a", ["b"]]', "false", '{"en": "a"}', "3", '"\\ud83d"', '"red"']
     for i in range(len(values) + 1):
         red().save(tmp_path / f"{i}.png")
     red().save(tmp_path / "raw.dat", "PNG")
@@ -269,9 +269,9 @@ def test_captions_that_are_no_texts_and_pictures_that_the_listing_lacks_are_name
     folder = Folder(tmp_path, 16)
     assert folder.captions == ["red", "raw"]
     found = [reason for _, reason in folder.skipped]
-    told = ["null", "NaN", '["a", "b"]', "false", '{"en": "a"}', "3"]
+    told = ["null", "NaN", '["b"]', "false", '{"en": "a"}', "3"]
     assert found[:6] == [f"the caption is not a text but {value}" for value in told]
-    assert found[6] == "the caption is not UTF-8" and found[7].startswith("not {")
+    assert found[6] == "the caption is not UTF-8" and found[7].startswith("not JSON in UTF-8")
     assert found[8:] == ["captions.jsonl has no line for it"] and folder.skipped[8][0].name == "8.png"
 
 
@@ -296,19 +296,73 @@ def test_nothing_usable(tmp_path):
         Folder(tmp_path / "gone")
 
 
-def test_a_missing_font_is_said(tmp_path):
-    with pytest.raises(ValueError, match="fonts-noto-color-emoji"):
-        emoji.make_emoji(tmp_path, "/no/such/font.ttf")
+ROWS = [("a.png", "red"), ("in/b.png", "blue"), ("gone.png", "green")]
 
 
-def test_the_emoji_command_reads_its_flags(tmp_path, monkeypatch, capsys):
-    made = []
-    monkeypatch.setattr(emoji, "make_emoji", lambda *values: made.append(values) or 3)
-    emoji.main([str(tmp_path), "--size", "64", "--font", "a.ttf"])
-    assert made == [(str(tmp_path), "a.ttf", 64)] and "3 emoji" in capsys.readouterr().out
-    for words in ([], ["one", "two"]):
-        with pytest.raises(ValueError, match="give one folder"):
-            emoji.main(words)
+def imagefolder(where, kind):
+    """Four pictures, of which the listing has two, and a row without a file."""
+    (where / "in").mkdir(parents=True)
+    for name in ("a.png", "in/b.png", "in/c.png", "d.png"):
+        red().save(where / name)
+    if kind == "csv":
+        rows = ["file_name,text,licence", *(f"{file},{text},free" for file, text in ROWS)]
+        (where / "metadata.csv").write_bytes("\r\n".join(rows).encode("utf-8-sig"))
+    else:
+        rows = [json.dumps(dict(file_name=file, text=text, licence="free")) for file, text in ROWS]
+        (where / "metadata.jsonl").write_text("\n".join(rows))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_an_imagefolder_is_read_and_each_bad_row_named(tmp_path, kind):
+    imagefolder(tmp_path, kind)
+    found = Folder(tmp_path, 16)
+    assert found.captions == ["red", "blue"] and found.labels == [tmp_path.name, "in"]
+    line = 4 if kind == "csv" else 3
+    assert [(path.name, reason) for path, reason in found.skipped] == [
+        ("gone.png", f"line {line} of metadata.{kind} names it; there is no such file"),
+        ("d.png", f"metadata.{kind} has no line for it"), ("c.png", f"metadata.{kind} has no line for it"),
+    ]
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("training", "valid")])
+def test_of_splits_the_one_for_training_is_read(tmp_path, names):
+    imagefolder(tmp_path / names[0], "csv")
+    imagefolder(tmp_path / names[1], "jsonl")
+    red().save(tmp_path / "beside.png")
+    found = Folder(tmp_path, 16)
+    assert found.captions == ["red", "blue"] and len(found.skipped) == 5
+    beside = [path.name for path, reason in found.skipped if reason == f"beside {names[0]}/, which alone is trained on"]
+    assert beside == ["beside.png", names[1]]
+    unseen = folder.unseen(tmp_path, 16)
+    assert unseen is None if names[1] == "valid" else unseen.captions == ["red", "blue"]
+    assert len(Folder(tmp_path / names[1], 16)) == 2  # by its own name
+    (tmp_path / names[1]).rename(tmp_path / "more")
+    save(tmp_path, "beside.png", red(), "a train")
+    assert len(Folder(tmp_path, 16)) == 5  # without another split it is a folder like any other
+
+
+def test_a_picture_may_have_several_captions(tmp_path):
+    imagefolder(tmp_path, "jsonl")
+    rows = [dict(file_name="a.png", text=["red", "a  red thing"]), dict(file_name="d.png", caption="green")]
+    rows += [dict(file_name="in/b.png", text=["blue", ""]), dict(file_name="in/c.png", text=[])]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = Folder(tmp_path, 16)
+    assert found.variants == [["red", "a red thing"], ["green"]] and found.captions == ["red", "green"]
+    assert [reason for _, reason in found.skipped] == ["the caption is empty", "the caption is not a text but []"]
+
+
+@pytest.mark.parametrize("table, message", [
+    (b"file_name,text\n\xff.png,red\n", "metadata.csv, line 1: not a table of commas in UTF-8"),
+    (b"picture,words\na.png,red\n", 'metadata.csv, line 2: not {"file_name"'),
+    (b"file_name,text\na.png\n", "a.png: the caption is not a text but null"),
+    (b"", "a.png: metadata.csv has no line for it"),
+])  # fmt: skip
+def test_a_table_that_cannot_be_used_is_named(tmp_path, table, message):
+    red().save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_bytes(table)
+    with pytest.raises(ValueError) as error:
+        Folder(tmp_path, 16)
+    assert message in str(error.value)
 
 
 def test_ctrl_c_does_not_wait_for_the_rest_of_a_folder(tmp_path, monkeypatch):

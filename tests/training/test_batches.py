@@ -90,8 +90,17 @@ def test_captions_tokenised_once_are_those_of_each_batch():
     captions = [f"a {'very ' * (i % 7)}small circle {i}" for i in range(2500)]
     tokenizers = Tokenizer.train(captions[:9]), Tokenizer.train(captions[-9:])
     tokenize = lambda texts: [tokenizer(texts) for tokenizer in tokenizers]
-    kept = Captions(tokenize, captions)
+    kept = Captions(tokenize, SimpleNamespace(captions=captions))
     for indices in ([3], [0, 2499, 7, 7, 1200], range(0, 2500, 11)):
         expected = tokenize([captions[i] for i in indices])
-        for (tokens, mask), (known, known_mask) in zip(kept(torch.tensor(list(indices))), expected):
+        for (tokens, mask), (known, known_mask) in zip(kept(torch.tensor(list(indices)), torch.rand(len(indices))), expected):
             assert torch.equal(mask, known_mask) and torch.equal(tokens * mask, known * known_mask)
+
+
+def test_of_several_captions_one_is_drawn():
+    tokenizer = Tokenizer.train(["red", "blue", "green star", "one"])
+    several = SimpleNamespace(variants=[["red"], ["blue", "green star", "red"], ["one"]])
+    kept = Captions(lambda texts: [tokenizer(texts)], several, SimpleNamespace(captions=["green star"]))
+    (tokens, mask), = kept(torch.tensor([0, 1, 1, 1, 2, 3]), torch.tensor([0.99, 0.0, 0.34, 0.99, 0.5, 0.5]))
+    expected, expected_mask = tokenizer(["red", "blue", "green star", "red", "one", "green star"])
+    assert torch.equal(mask, expected_mask) and torch.equal(tokens * mask, expected * expected_mask)
