@@ -1,10 +1,11 @@
 # make demo: from nothing to pictures, and clips, of what the prompt says; again: goes on where it was stopped.
+# make emoji: the same on pictures that nobody here drew: docs/real-pictures.md says what to download first.
 # make test: the tests, and make test-processors: those that round, once for each instruction set.
 # Each sets itself up. make clean: deletes all of it.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-processors clean
+.PHONY: demo emoji test test-processors clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -17,7 +18,7 @@ PY := .venv/bin/python
 	touch $@
 
 # a stage with a checkpoint goes on from it; a finished one says so
-resume = $(if $(wildcard runs/$(1)-shapes/checkpoints/*/config.json),--resume)
+resume = $(if $(wildcard runs/$(1)-$(or $(2),shapes)/checkpoints/*/config.json),--resume)
 
 demo: .venv/installed
 	$(PY) train.py autoencoder $(call resume,autoencoder)
@@ -27,6 +28,22 @@ demo: .venv/installed
 	$(PY) train.py video $(call resume,video)
 	$(PY) sample.py --checkpoint runs/video-shapes --frames 8 --lambda-m 1.3 --prompts demo_clips.txt --grid --zoom 2 --out runs/clips.gif
 	$(PY) evaluate.py --video --checkpoint runs/video-shapes --json runs/clips.json
+
+# on a GPU: make emoji RECIPE=emoji-gpu SIZE=128 COMPILE=--compile
+RECIPE ?= emoji
+SIZE ?= 64
+
+emoji/train: | .venv/installed
+	$(PY) -m data.emoji emoji --size $(SIZE) $(wildcard *.tgz)
+
+emoji: .venv/installed emoji/train
+	$(PY) train.py autoencoder --recipe $(RECIPE) $(call resume,autoencoder,emoji)
+	$(PY) train.py image --recipe $(RECIPE) $(COMPILE) $(call resume,image,emoji)
+	$(PY) evaluate.py --checkpoint runs/image-emoji --prompts 300 --json runs/emoji.json
+	$(PY) sample.py --checkpoint runs/image-emoji --prompts demo_emoji.txt --grid --out runs/emoji.png
+	$(PY) train.py video --recipe $(RECIPE) $(COMPILE) $(call resume,video,emoji)
+	$(PY) evaluate.py --video --checkpoint runs/video-emoji --json runs/emoji-clips.json
+	$(PY) sample.py --checkpoint runs/video-emoji --frames 8 --prompts demo_emoji_clips.txt --grid --zoom 2 --out runs/emoji.gif
 
 # two tests at a time, of one thread each: few are large enough for more
 test: .venv/installed-dev

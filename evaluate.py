@@ -151,8 +151,9 @@ def training_data(flags, run, trained_on):
         return "shapes"
     source = flags.data or trained_on
     if not Path(source).is_dir() or any(Path(source).glob("[!.]*.tar")):
+        what = "clips" if flags.video else "pictures"
         advice = "give the folder that it moved to or was packed from, --data DIR"
-        raise ValueError(f"{run} was trained on {trained_on}; {source} is no folder of pictures: {advice}")
+        raise ValueError(f"{run} was trained on {trained_on}; {source} is no folder of {what}: {advice}")
     return source
 
 
@@ -202,7 +203,8 @@ def main(arguments):
     count, trained_on = flags.prompts, model.config["flags"].get("clips" if flags.video else "data")
     source = training_data(flags, run, trained_on)
     if source != "shapes":
-        scores = of_folder(flags, model, Path(run), Path(source), generate, frames)
+        out = Path(run) if Path(run).is_dir() else Path(run).parent
+        scores = of_folder(flags, model, out, Path(source), generate, frames)
     elif flags.sweep:
         scores = sweep(generate, count, flags.seed, flags.sweep)
     elif flags.video:

@@ -157,7 +157,7 @@ def train_autoencoder(flags, **more):
         return dict(names=indices, pictures=dataset.pictures(indices), noise=noise)
 
     def batch_loss(model, batch):
-        return model.loss(from_bytes(batch["pictures"]), batch["noise"]), None
+        return model.loss(from_bytes(batch["pictures"]), batch["noise"], flags.kl_weight), None
 
     @torch.no_grad()
     def preview():

@@ -47,7 +47,7 @@ def read(kind, arguments, command, about, words=None):
         text = field.metadata["help"].replace("%", "%%")
         if field.default not in ("", False):
             text += f" (default: {str(field.default).lower()})"
-        metavar = "|".join(field.metadata["choices"]) or METAVARS[field.type]
+        metavar = "|".join(filter(None, field.metadata["choices"])) or METAVARS[field.type]
         group.add_argument(f"--{dashed(name)}", metavar=metavar, help=text, default=argparse.SUPPRESS)
     given = vars(parser.parse_intermixed_args(prepared(arguments, fields)))
     rest = given.pop("words", [])
@@ -105,7 +105,7 @@ def check(config, name):
     value, limits = getattr(config, name), config.__dataclass_fields__[name].metadata
     low, high, choices = limits["low"], limits["high"], limits["choices"]
     if choices and value not in choices:
-        raise ValueError(f"--{dashed(name)} {value}: not one of {', '.join(choices)}")
+        raise ValueError(f"--{dashed(name)} {value}: not one of {', '.join(filter(None, choices))}")
     if low is not None and not low <= value <= high:
         wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
         raise ValueError(f"--{dashed(name)} {value}: must be {wanted}")

@@ -14,10 +14,12 @@ training set: can a model draw an emoji in a style in which it has never seen it
 """
 import hashlib
 import io
+import itertools
 import json
 import shutil
 import tarfile
 import unicodedata
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,21 +195,19 @@ def make_emoji(out, packages=(), font="", size=64, skin_tones=False):
 def make_clips(out, clips, names, size):
     """Writes OUT/clips. clips: {key: bytes of an animated picture}. An emoji whose glossy picture is held out
     has no clip either."""
-    folder, rows, stills, held = out / "clips", [], 0, 0
+    folder, rows = out / "clips", []
     folder.mkdir(parents=True)
-    for key in tqdm(names, "clips", leave=False, disable=None):
-        if (out / "test" / "glossy" / f"{key}.png").exists():
-            held += 1
-            continue
-        frames = clip_of(clips[key], size)
-        if len(frames) < 2:
-            stills += 1
-            continue
-        options = dict(save_all=True, append_images=frames[1:], duration=round(1000 / CLIP_FPS))
-        frames[0].save(folder / f"{key}.webp", lossless=True, quality=50, method=2, loop=0, **options)
-        rows.append((f"{key}.webp", f"glossy {names[key]}"))
+    keys = [key for key in names if not (out / "test" / "glossy" / f"{key}.png").exists()]
+    with ProcessPoolExecutor() as processes:
+        found = processes.map(clip_of, (clips[key] for key in keys), itertools.repeat(size), chunksize=8)
+        for key, frames in zip(keys, tqdm(found, "clips", len(keys), leave=False, disable=None)):
+            if len(frames) > 1:
+                options = dict(save_all=True, append_images=frames[1:], duration=round(1000 / CLIP_FPS))
+                frames[0].save(folder / f"{key}.webp", lossless=True, quality=50, method=2, loop=0, **options)
+                rows.append((f"{key}.webp", f"glossy {names[key]}"))
     write_rows(folder, rows)
-    print(f"{folder}: {len(rows)} clips (left out: {stills} that are stills, {held} of held-out emoji)")
+    left_out = f"{len(keys) - len(rows)} that are stills, {len(names) - len(keys)} of held-out emoji"
+    print(f"{folder}: {len(rows)} clips (left out: {left_out})")
 
 
 def main(arguments):

@@ -73,7 +73,7 @@ def of_pictures(autoencoder, train, test, generate, count=300, seed=0):
                 keys = [f"{key} {view}" for key in ("style", "rank 1", "rank 5")]
                 scores[name] |= dict(zip(keys, shares))
         distance = torch.cdist(seen["latent"], originals["latent"][: len(train)])
-        nearest = distance.topk(3, largest=False).indices  # (N, 3)
+        nearest = distance.topk(min(3, len(train)), largest=False).indices  # (N, 3)
         for sample, i, three in list(zip(samples, wanted, nearest.tolist()))[:12]:
             shown += [sample, *train.array[three]]
             names += [captions[i], *(captions[k] for k in three)]
@@ -83,7 +83,7 @@ def of_pictures(autoencoder, train, test, generate, count=300, seed=0):
     latents = views(autoencoder, drawn)["latent"].view(len(some), 4, -1)
     spread = torch.stack([F.pdist(four).mean() for four in latents]).mean()
     of_data = F.pdist(originals["latent"][rng.sample(range(len(train)), min(500, len(train)))]).mean()
-    return scores | {"diversity": (spread / of_data).item()}, grid(torch.stack(shown), names, columns=8)
+    return scores | {"diversity": (spread / of_data).item()}, grid(torch.stack(shown), names, columns=2 * (1 + len(three)))
 
 
 def of_clips(autoencoder, films, generate, count=100, seed=0):

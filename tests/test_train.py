@@ -190,8 +190,13 @@ def test_an_image_model_becomes_a_video_model(folder, clip_folder, tmp_path, cap
         assert clip.size == (32, 32)  # as pictures, without a frame around it
     with pytest.raises(ValueError, match="--frames -1: must be from 0 to 1000"):
         sample.main(["a red circle moving left", *flags, "--frames", "-1"])
-    with pytest.raises(ValueError, match="trained on clips from a folder"):
-        evaluate.main(["--video", "--checkpoint", str(tmp_path / "all")])
+    of_clips = ["--video", "--checkpoint", str(tmp_path / "all"), "--steps", "1", "--prompts", "2"]
+    evaluate.main([*of_clips, "--json", str(tmp_path / "clips.json")])
+    scores = json.loads((tmp_path / "clips.json").read_text())
+    assert scores["frames_a_clip"] == 8 and scores["change over the data's"] > 0 and "rank 5 latent, last frame" in scores
+    for words, message in ((["--sweep", "x.png"], "of runs on shapes only"), (["--data", "gone"], "gone is no folder of clips")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main([*of_clips, *words])
     model.config["flags"]["clips"], lengths, generate = "shapes", set(), Pipeline.generate
 
     def noted(*arguments, **options):
@@ -395,6 +400,22 @@ def test_the_papers_sizes_take_dits_recipe():
     ]
     assert flags.learned_variance and flags.max_norm == 0 and flags.ema == 0.9999 and flags.warmup == flags.cooldown == 0
     assert recipes.read_flags("image", [], SIZES).beta2 == 0.99
+    named = recipes.read_flags("image", ["--recipe", "paper", "--size", "XL/2"], SIZES)
+    assert named == flags and flags.recipe == "paper" and recipes.read_flags("image", [], SIZES).recipe == "demo"
+
+
+def test_a_recipe_gives_what_is_not_given():
+    for stage in train.TRAIN:
+        for name in ("emoji", "emoji-gpu"):
+            flags = recipes.read_flags(stage, ["--recipe", name], SIZES)
+            for field, value in recipes.RECIPES[name][stage].items():
+                assert getattr(flags, field) == value, field
+    flags = recipes.read_flags("video", ["--recipe", "emoji", "--steps", "7", "--data", "mine"], SIZES)
+    assert (flags.steps, flags.data, flags.clips, flags.init) == (7, "mine", "emoji/clips", "runs/image-mine")
+    own = recipes.of_autoencoder(recipes.read_flags("image", ["--recipe", "emoji"], SIZES), SIZES)
+    assert own == recipes.read_flags("autoencoder", ["--recipe", "emoji"], SIZES) and own.out == "runs/autoencoder-emoji"
+    with pytest.raises(ValueError, match="--recipe art: not one of demo, emoji"):
+        recipes.read_flags("image", ["--recipe", "art"], SIZES)
 
 
 def test_without_a_longest_gradient_none_is_shortened(folder, tmp_path):

@@ -226,7 +226,7 @@ def test_latent_channels_of_an_autoencoder_that_has_others(pictures, tmp_path):
 def test_an_autoencoder_that_was_stopped_goes_on_with_the_same_command(pictures, data, tmp_path, capsys, monkeypatch):
     """As its message says, when the image stage trained it first."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(recipes.AUTOENCODER, "steps", 6)
+    monkeypatch.setitem(recipes.DEMO["autoencoder"], "steps", 6)
     command = ["image", "--data", "data", *FLAGS]
     real = train.StopSignals.on_any_rank
     monkeypatch.setattr(train.StopSignals, "on_any_rank", lambda self, step: True)
