@@ -133,7 +133,7 @@ def rows_of(listing):
 
 
 def read_listing(listing):
-    """Yields (path, caption, problem) for each row. The path is None if the row names no file."""
+    """Yields (path, caption, problem) for each row; for one that names no file, "LISTING, line 3" as path."""
     for number, entry, problem in rows_of(listing):
         entry = entry if isinstance(entry, dict) else {}
         file = entry.get("file_name", entry.get("file"))
@@ -141,7 +141,7 @@ def read_listing(listing):
         if not problem and not (file and isinstance(file, str) and {"text", "caption"} & entry.keys()):
             problem = 'not {"file_name": …, "text": …} or {"file": …, "caption": …}'
         if problem:
-            yield None, None, (Path(f"{listing}, line {number}"), problem)
+            yield Path(f"{listing}, line {number}"), None, problem
         elif not os.path.lexists(listing.parent / file):
             problem = f"line {number} of {listing.name} names it; there is no such file"
             yield listing.parent / file, None, problem
@@ -156,9 +156,6 @@ def read_captions(candidates, listings):
     listed = set()
     for listing in listings:
         for path, caption, problem in read_listing(listing):
-            if path is None:
-                yield problem[0], None, problem[1]
-                continue
             named = Path(os.path.abspath(path))
             listed.update((named, *named.parents))  # a clip's folder too
             yield path, caption, problem

@@ -83,7 +83,8 @@ def of_pictures(autoencoder, train, test, generate, count=300, seed=0):
     latents = views(autoencoder, drawn)["latent"].view(len(some), 4, -1)
     spread = torch.stack([F.pdist(four).mean() for four in latents]).mean()
     of_data = F.pdist(originals["latent"][rng.sample(range(len(train)), min(500, len(train)))]).mean()
-    return scores | {"diversity": (spread / of_data).item()}, grid(torch.stack(shown), names, columns=2 * (1 + len(three)))
+    scores["diversity"] = (spread / of_data).item()
+    return scores, grid(torch.stack(shown), names, columns=2 * (1 + len(three)))
 
 
 def of_clips(autoencoder, films, generate, count=100, seed=0):
