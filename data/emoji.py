@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import shutil
+import signal
 import tarfile
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
@@ -198,13 +199,17 @@ def make_clips(out, clips, names, size):
     folder, rows = out / "clips", []
     folder.mkdir(parents=True)
     keys = [key for key in names if not (out / "test" / "glossy" / f"{key}.png").exists()]
-    with ProcessPoolExecutor() as processes:
+    deaf_to_ctrl_c = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    processes = ProcessPoolExecutor(**deaf_to_ctrl_c)
+    try:
         found = processes.map(clip_of, (clips[key] for key in keys), itertools.repeat(size), chunksize=8)
         for key, frames in zip(keys, tqdm(found, "clips", len(keys), leave=False, disable=None)):
             if len(frames) > 1:
                 options = dict(save_all=True, append_images=frames[1:], duration=round(1000 / CLIP_FPS))
                 frames[0].save(folder / f"{key}.webp", lossless=True, quality=50, method=2, loop=0, **options)
                 rows.append((f"{key}.webp", f"glossy {names[key]}"))
+    finally:
+        processes.shutdown(cancel_futures=True)
     write_rows(folder, rows)
     left_out = f"{len(keys) - len(rows)} that are stills, {len(names) - len(keys)} of held-out emoji"
     print(f"{folder}: {len(rows)} clips (left out: {left_out})")

@@ -95,7 +95,7 @@ DEMO = dict(
 # thousands of names to learn, which a picture shows most where noise hides all else: a larger shift.
 EMOJI = dict(
     autoencoder=dict(DEMO["autoencoder"], data="emoji", latent_channels=16, kl_weight=1e-6, steps=3000),
-    image=dict(data="emoji", shift=20.0, steps=2000),
+    image=dict(data="emoji", shift=8.0, steps=1800),
     video=dict(data="emoji", clips="emoji/clips", batch_size=16, steps=350, frame_curriculum="40,40,150"),
 )
 # The same on one GPU, 128 pixels each way, with the paper's smallest size. --compile makes it faster still.
