@@ -40,7 +40,7 @@ emoji: .venv/installed emoji/train
 	$(PY) train.py autoencoder --recipe $(RECIPE) $(call resume,autoencoder,emoji)
 	$(PY) train.py image --recipe $(RECIPE) $(COMPILE) $(call resume,image,emoji)
 	$(PY) evaluate.py --checkpoint runs/image-emoji --prompts 300 --lambda-t 3 --steps 32 --json runs/emoji.json
-	$(PY) sample.py --checkpoint runs/image-emoji --lambda-t 3 --steps 32 --prompts demo_emoji.txt --grid --out runs/emoji.png
+	$(PY) sample.py --checkpoint runs/image-emoji --prompts demo_emoji.txt --lambda-t 3 --steps 32 --sampler dpm --guide 0.6,1 --grid --out runs/emoji.png
 	$(PY) train.py video --recipe $(RECIPE) $(COMPILE) $(call resume,video,emoji)
 	$(PY) evaluate.py --video --checkpoint runs/video-emoji --lambda-t 3 --steps 32 --json runs/emoji-clips.json
 	$(PY) sample.py --checkpoint runs/video-emoji --frames 8 --lambda-t 3 --steps 32 --prompts demo_emoji_clips.txt --grid --zoom 2 --out runs/emoji.gif
