@@ -1,7 +1,7 @@
 # make demo: from nothing to pictures, and clips, of what the prompt says; again: goes on where it was stopped.
 # make emoji: the same on pictures that nobody here drew: docs/real-pictures.md says what to download first.
 # make test: the tests, and make test-processors: those that round, once for each instruction set.
-# Each sets itself up. make clean: deletes all of it.
+# Each sets itself up. make clean: deletes all of it but emoji/.
 PYTHON ?= python3
 PY := .venv/bin/python
 
@@ -34,6 +34,7 @@ RECIPE ?= emoji
 SIZE ?= 64
 
 emoji/train: | .venv/installed
+	@ls *.tgz >/dev/null || { echo "download the packages first: docs/real-pictures.md says how"; exit 1; }
 	$(PY) -m data.emoji emoji --size $(SIZE) $(wildcard *.tgz)
 
 emoji: .venv/installed emoji/train

@@ -108,9 +108,10 @@ class Flags:
     checkpoint: str = flag("", "a run's folder; the newest run's if not given")
     clip: str = flag("", "the folder of the published CLIP, if it has moved since the training")
     t5: str = flag("", "the folder of the published T5, if it has moved since the training")
-    data: str = flag("", "the folder of the training pictures, if it has moved or was packed as tar shards")
+    data: str = flag("", "the folder of training pictures or clips, if it has moved or was packed as tars")
     json: str = flag("", "a file for the scores and the settings that made them")
-    prompts: int = flag(100, "prompts a column; with --video: for motion, and a fifth of it a column", low=1)
+    prompts: int = flag(
+        100, "prompts a column; --video: for motion, and a fifth a column; of a folder: captions", low=1)
     sampler: str = flag("sde", "see diffusion.py", choices=tuple(SAMPLERS))
     steps: int = flag(16, "of the sampler", low=1, high=1000)
     lambda_t: float = flag(2.0, "guidance by text; 1: none", low=0, high=100)
@@ -171,9 +172,9 @@ def of_folder(flags, model, run, source, generate, frames):
         return scores
     train, test = folder.Folder(source, size), folder.unseen(source, size)
     scores, sheet = likeness.of_pictures(model.autoencoder, train, test, generate, flags.prompts, flags.seed)
-    sheet.save(run / "neighbours.png")
     print_table({name: row for name, row in scores.items() if name != "diversity"})
     print(f"4 samples of a caption differ by {scores['diversity']:.2f} of what training pictures do")
+    sheet.save(run / "neighbours.png")
     print(f"samples beside their nearest training pictures → {run}/neighbours.png")
     return scores
 

@@ -20,6 +20,7 @@ import shutil
 import signal
 import tarfile
 import unicodedata
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,14 @@ def drawn_by_font(path, names):
         image = Image.new("RGBA", (136, 128))
         ImageDraw.Draw(image).text((0, 0), text, font=font, embedded_color=True)
         red, green, blue, alpha = image.getextrema()
-        if alpha[1] == 255 and not (key < "2600" and len(key) == 4 and red == green == blue):
+        black = key < "2600" and len(key) == 4 and red == green == blue  # a sign of text, not an emoji
+        if alpha[1] == 255 and not black:
             yield key, image
 
 
 def in_package(path):
-    """(npm package, {key: its file's bytes}, the table emoji.json or None) of a .tgz. The smallest pictures
-    of at least 64 pixels are taken. ValueError, naming the file, if it is none of PACKAGES."""
+    """(npm package, {key: its file's bytes}, the table emoji.json or None) of a .tgz; of Twemoji, the
+    files of 64 pixels. ValueError, naming the file, if it is none of PACKAGES."""
     try:
         with tarfile.open(path) as package:
             name = json.load(package.extractfile("package/package.json"))["name"]
@@ -106,13 +108,16 @@ def in_package(path):
                 elif file.name == "emoji.json":
                     table = json.load(package.extractfile(member))
             return name, files, table
-    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
+    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
         known = f"a .tgz of {', '.join([*PACKAGES][:3])} …"
         raise ValueError(f"{path}: not {known}, as `npm pack NAME` downloads it ({error})") from None
 
 
 def held_out(key, styles):
-    """The style in which an emoji is never trained, or None. It follows from the emoji alone."""
+    """The style in which an emoji is never trained, or None. It follows from the emoji, all skin tones alike,
+    and the names of its styles."""
+    first, *others = key.split("-")
+    key = "-".join([first, *(part for part in others if part not in TONES)])
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
     if len(styles) < 3 or number % 100 >= HELD_OUT:
         return None
@@ -148,9 +153,9 @@ def write_rows(folder, rows):
 def make_emoji(out, packages=(), font="", size=64, skin_tones=False):
     """Builds the folder, and prints what it holds. packages: .tgz files. ValueError if there is nothing to
     build from, or `out` has something in it."""
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: give a new folder, or delete it first")
+    done, out = Path(out), Path(f"{out}.part")  # it gets its name when it is whole
+    if done.exists() and any(done.iterdir()):
+        raise ValueError(f"{done} is not empty: give a new folder, or delete it first")
     found = [path for path in ([font] if font else FONTS) if Path(path).exists()]
     if font and not found:
         raise ValueError(f"--font {font}: no such file")
@@ -169,6 +174,7 @@ def make_emoji(out, packages=(), font="", size=64, skin_tones=False):
         print(f"{style}: {name}, {licence}")
         (clips if style == "clips" else styles.setdefault(style, {})).update(files)
     rows = {"train": [], "test": []}
+    shutil.rmtree(out, ignore_errors=True)
     try:
         for style, pictures in styles.items():
             for key in tqdm([key for key in names if key in pictures], style, leave=False, disable=None):
@@ -185,17 +191,21 @@ def make_emoji(out, packages=(), font="", size=64, skin_tones=False):
             if rows[split]:
                 write_rows(out / split, rows[split])
                 kinds = ", ".join(sorted({file.partition("/")[0] for file, _ in rows[split]}))
-                print(f"{out / split}: {len(rows[split])} pictures ({kinds})")
+                print(f"{done / split}: {len(rows[split])} pictures ({kinds})")
+        if len(styles) < 3:
+            print(f"no {done / 'test'}: that takes three styles")
         if clips:
-            make_clips(out, clips, {key: names[key] for key in clips if key in names}, size)
+            made = make_clips(out, clips, {key: names[key] for key in clips if key in names}, size)
+            print(f"{done / 'clips'}: {made}")
+        out.replace(done)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)  # nothing half-built is left
         raise
 
 
 def make_clips(out, clips, names, size):
-    """Writes OUT/clips. clips: {key: bytes of an animated picture}. An emoji whose glossy picture is held out
-    has no clip either."""
+    """Writes OUT/clips, and says what is in it. clips: {key: bytes of an animated picture}. An emoji whose
+    glossy picture is held out has no clip either."""
     folder, rows = out / "clips", []
     folder.mkdir(parents=True)
     keys = [key for key in names if not (out / "test" / "glossy" / f"{key}.png").exists()]
@@ -212,7 +222,7 @@ def make_clips(out, clips, names, size):
         processes.shutdown(cancel_futures=True)
     write_rows(folder, rows)
     left_out = f"{len(keys) - len(rows)} that are stills, {len(names) - len(keys)} of held-out emoji"
-    print(f"{folder}: {len(rows)} clips (left out: {left_out})")
+    return f"{len(rows)} clips (left out: {left_out})"
 
 
 def main(arguments):

@@ -6,7 +6,8 @@
              "NAME.jpg", "caption": "…"} for each picture; metadata.jsonl and metadata.csv have "file_name"
              and "text" (or "caption"), as in Hugging Face's imagefolder. A listing counts for the folder that
              it lies in and those below. Training draws one of several captions, if a picture has a list.
-             Of an imagefolder with splits, train/ and test/ or validation/, train/ alone is read.
+             Of an imagefolder with splits, train/ and test/ or validation/, train/ alone is read, and the
+             listings in it.
 
 A data set has `captions`, a list of N strings; `pictures(indices)`, which gives (B, 3, S, S) uint8; `group`,
 the number of neighbours that training keeps together in a batch; and `skipped`, a list of (path, reason) for
@@ -244,11 +245,17 @@ def split_of(folder, split):
     return next((folder / name for name in SPLITS[split] if (folder / name).is_dir()), None)
 
 
+def trained_on(folder):
+    """The part of a folder that is trained on: train/ of splits, else all of it."""
+    train = split_of(folder, "train")
+    return train if train and (split_of(folder, "test") or split_of(folder, "validation")) else folder
+
+
 def read_pictures(folder, read, flag="--data"):
     """read_folder for the pictures in a folder and in those below it; of splits, for those of train/."""
     files, problems = files_below(folder)
-    train = split_of(folder, "train")
-    if train and (split_of(folder, "test") or split_of(folder, "validation")):
+    train = trained_on(folder)
+    if train != folder:
         others = {file.relative_to(folder).parts[0] for file in files if train not in file.parents}
         reason = f"beside {train.name}/, which alone is trained on"
         problems += [(folder / name, reason) for name in sorted(others)]
@@ -260,15 +267,15 @@ def read_pictures(folder, read, flag="--data"):
 class Folder:
     """A folder of pictures with captions, read into memory: 3·S² bytes a picture. Raises as read_folder.
     Besides what every data set has: `variants`, a list of captions for each picture, of which `captions` has
-    the first, and `labels`, the names of the folders that they lie in."""
+    the first, and `labels`, the names of the folders below this one that they lie in, or ""."""
 
     group = 1
 
     def __init__(self, folder, size=64):
-        read = lambda path: (path.parent.name, open_picture(path, size))
+        read = lambda path: (path.parent, open_picture(path, size))
         self.variants, found, self.skipped = read_pictures(folder, read)
         self.captions = [captions[0] for captions in self.variants]
-        self.labels = [label for label, _ in found]
+        self.labels = ["" if parent == trained_on(folder) else parent.name for parent, _ in found]
         self.array = torch.from_numpy(np.stack([picture for _, picture in found])).permute(0, 3, 1, 2)
 
     def __len__(self):
@@ -286,8 +293,11 @@ def load(data, size, seed=0):
 
 def unseen(data, size, seed=0):
     """Pictures that training with `load(data, size, seed)` never sees: other shapes, or an imagefolder's test
-    split. None if there are none."""
+    split, if that has captions. None if there are none."""
     if data == "shapes":
         return Shapes(size, seed=seed + 1)
     test = split_of(Path(data), "test")
-    return test and Folder(test, size)
+    try:
+        return Folder(test, size) if test and trained_on(Path(data)) != Path(data) else None
+    except ValueError:
+        return None

@@ -125,7 +125,7 @@ class Autoencoder(nn.Module):
         """latents (B, C, h, w) from `encode` → pictures (B, 3, 8h, 8w), about -1…1, not clipped."""
         return self.reconstruct(latents * self.scale + self.shift.view(1, -1, 1, 1))
 
-    def loss(self, pictures, noise, kl_weight):
+    def loss(self, pictures, noise, kl_weight=1e-5):
         """Mean absolute error of the reconstruction + kl_weight · KL, per sample (B,).
         noise: unit Gaussian in the latent's shape (B, C, H/8, W/8)."""
         mean, log_variance = self.moments(pictures)

@@ -48,7 +48,7 @@ def hits(distance, wanted, captions, labels, trained):
     return np.mean(found, axis=0).tolist()
 
 
-def of_pictures(autoencoder, train, test, generate, count=300, seed=0):
+def of_pictures(autoencoder, train, test, generate, count, seed=0):
     """Scores of an image model, and a sheet: a Pillow image with samples, each beside its three nearest
     training pictures. train, test (or None): data sets of pictures. generate(captions, seeds) → (N, 3, S, S)
     uint8. Returns {"seen": {"style by latent": share, …}, "held out": …, "… shuffled": …, "diversity"}."""
@@ -64,30 +64,28 @@ def of_pictures(autoencoder, train, test, generate, count=300, seed=0):
     for group, wanted in groups.items():
         samples = generate([captions[i] for i in wanted], [seed] * len(wanted))
         seen = views(autoencoder, samples)
-        shuffled = wanted[1:] + wanted[:1]
-        for name, order in ((group, wanted), (f"{group}, shuffled", shuffled)):
+        distance = {view: torch.cdist(seen[view], originals[view]) for view in originals}  # (N, M) each
+        for name, order in ((group, wanted), (f"{group}, shuffled", wanted[1:] + wanted[:1])):
             scores[name] = {}
-            for view in originals:
-                distance = torch.cdist(seen[view], originals[view])  # (N, M)
-                shares = hits(distance, order, captions, labels, len(train))
+            for view in distance:
+                shares = hits(distance[view], order, captions, labels, len(train))
                 keys = [f"{key} {view}" for key in ("style", "rank 1", "rank 5")]
                 scores[name] |= dict(zip(keys, shares))
-        distance = torch.cdist(seen["latent"], originals["latent"][: len(train)])
-        nearest = distance.topk(min(3, len(train)), largest=False).indices  # (N, 3)
-        for sample, i, three in list(zip(samples, wanted, nearest.tolist()))[:12]:
-            shown += [sample, *train.array[three]]
-            names += [captions[i], *(captions[k] for k in three)]
+        nearest = distance["latent"][:, : len(train)].topk(min(3, len(train)), largest=False).indices
+        for sample, i, row in list(zip(samples, wanted, nearest.tolist()))[:12]:
+            shown += [sample, *train.array[row]]
+            names += [captions[i], *(captions[k] for k in row)]
     some = rng.sample(range(len(train)), min(25, len(train)))
-    four = [(captions[i], seed + k) for i in some for k in range(4)]
-    drawn = generate(*map(list, zip(*four)))
+    asked = [(captions[i], seed + k) for i in some for k in range(4)]
+    drawn = generate(*map(list, zip(*asked)))
     latents = views(autoencoder, drawn)["latent"].view(len(some), 4, -1)
     spread = torch.stack([F.pdist(four).mean() for four in latents]).mean()
     of_data = F.pdist(originals["latent"][rng.sample(range(len(train)), min(500, len(train)))]).mean()
     scores["diversity"] = (spread / of_data).item()
-    return scores, grid(torch.stack(shown), names, columns=2 * (1 + len(three)))
+    return scores, grid(torch.stack(shown), names, columns=2 * (1 + nearest.shape[1]))
 
 
-def of_clips(autoencoder, films, generate, count=100, seed=0):
+def of_clips(autoencoder, films, generate, count, seed=0):
     """Scores of a video model on captions of the clips that it was trained on. films: a data set of clips.
     generate(captions, seeds) → (N, F, 3, S, S) uint8."""
     wanted = random.Random(seed).sample(range(len(films)), min(count, len(films)))

@@ -91,14 +91,14 @@ DEMO = dict(
     image=dict(steps=1100),
     video=dict(steps=1000, batch_size=16),
 )
-# Emoji (data/emoji.py) on a laptop. They are full of detail: the latent has twice the channels. And there are
-# thousands of names to learn, which a picture shows most where noise hides all else: a larger shift.
+# Emoji (data/emoji.py) on a laptop. They have fine detail: the latent has twice the channels. And thousands
+# of names must be learned. What a caption names is decided at high noise: a larger shift.
 EMOJI = dict(
     autoencoder=dict(DEMO["autoencoder"], data="emoji", latent_channels=16, kl_weight=1e-6, steps=3000),
     image=dict(data="emoji", shift=8.0, steps=1800),
     video=dict(data="emoji", clips="emoji/clips", batch_size=16, steps=350, frame_curriculum="40,40,150"),
 )
-# The same on one GPU, 128 pixels each way, with the paper's smallest size. --compile makes it faster still.
+# Emoji on one GPU, 128 pixels each way, DiT's size B. --compile makes it faster still.
 EMOJI_GPU = dict(
     autoencoder=dict(EMOJI["autoencoder"], image_size=128, batch_size=64),
     image=dict(

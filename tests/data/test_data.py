@@ -316,7 +316,7 @@ def imagefolder(where, kind):
 def test_an_imagefolder_is_read_and_each_bad_row_named(tmp_path, kind):
     imagefolder(tmp_path, kind)
     found = Folder(tmp_path, 16)
-    assert found.captions == ["red", "blue"] and found.labels == [tmp_path.name, "in"]
+    assert found.captions == ["red", "blue"] and found.labels == ["", "in"]
     line = 4 if kind == "csv" else 3
     assert [(path.name, reason) for path, reason in found.skipped] == [
         ("gone.png", f"line {line} of metadata.{kind} names it; there is no such file"),
@@ -334,11 +334,21 @@ def test_of_splits_the_one_for_training_is_read(tmp_path, names):
     beside = [path.name for path, reason in found.skipped if reason == f"beside {names[0]}/, which alone is trained on"]
     assert beside == ["beside.png", names[1]]
     unseen = folder.unseen(tmp_path, 16)
-    assert unseen is None if names[1] == "valid" else unseen.captions == ["red", "blue"]
+    assert unseen is None if names[1] == "valid" else (unseen.captions, unseen.labels) == (["red", "blue"], ["", "in"])
+    assert found.labels == ["", "in"]
     assert len(Folder(tmp_path / names[1], 16)) == 2  # by its own name
     (tmp_path / names[1]).rename(tmp_path / "more")
     save(tmp_path, "beside.png", red(), "a train")
     assert len(Folder(tmp_path, 16)) == 5  # without another split it is a folder like any other
+    (tmp_path / names[0]).rename(tmp_path / "test")
+    assert len(Folder(tmp_path, 16)) == 5 and folder.unseen(tmp_path, 16) is None  # trained on, so not unseen
+
+
+def test_a_test_split_without_captions_is_none(tmp_path):
+    imagefolder(tmp_path / "train", "csv")
+    (tmp_path / "test").mkdir()
+    red().save(tmp_path / "test" / "a.png")
+    assert len(Folder(tmp_path, 16)) == 2 and folder.unseen(tmp_path, 16) is None
 
 
 def test_a_picture_may_have_several_captions(tmp_path):

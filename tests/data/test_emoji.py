@@ -81,6 +81,8 @@ def test_what_is_held_out_follows_from_the_emoji_alone():
     shares = [found.count(style) / len(found) for style in styles]
     assert all(0.02 < share < 0.035 for share in shares) and found[:9] == [emoji.held_out(f"{0x1F000 + i:x}", styles[::-1]) for i in range(9)]
     assert not any(emoji.held_out(key, styles[:2]) for key in KEYS)
+    held = next(key for key in KEYS if emoji.held_out(key, styles))
+    assert emoji.held_out(f"{held}-1f3fb", styles) == emoji.held_out(f"{held}-1f3ff", styles) == emoji.held_out(held, styles)
 
 
 def test_a_package_is_drawn_as_it_is(tmp_path, packages, font):
@@ -115,6 +117,10 @@ def test_mistakes_leave_nothing(tmp_path, packages, monkeypatch):
         with pytest.raises(ValueError, match=message):
             emoji.main(words)
         assert not out.exists()
+    monkeypatch.setattr(emoji, "make_clips", lambda *parts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        emoji.main([str(out), *packages])
+    assert not out.exists() and not list(tmp_path.glob("*.part"))
     out.mkdir()
     (out / "mine").touch()
     with pytest.raises(ValueError, match="emoji is not empty"):
