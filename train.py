@@ -215,7 +215,7 @@ def train_image(flags):
         drawn = draw(step, model.latent_shape(), dataset.group, flags, model.diffusion)
         return dict(names=names, x0=x0, text=text, clips={}, **drawn)
 
-    prompts = models.some_captions(dataset, 16)
+    prompts = models.some_captions(dataset, 16)[:16]
     preview = lambda: figures.grid(model.generate(prompts), prompts)
     save = lambda state: model.save(f"{flags.out}/model.safetensors", state)
     fit(flags, model, outline, hashes, read, diffusion_loss, preview, save)
@@ -233,7 +233,7 @@ def train_video(flags):
         short = f"{films.held} of {len(films)} clips are shorter than {flags.frames} frames"
         print(f"{short}: their last frame is held")
     stills = folder.load(flags.data, flags.image_size, flags.seed)
-    model = models.new_video_model(flags, image, films.captions)
+    model = models.new_video_model(flags, image, models.some_captions(films, len(films)))
     del image
     hashes, outline = models.hashes_of(model, data=stills, clips=films), outline_of(model)
     models.place(model, flags)

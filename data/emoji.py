@@ -8,9 +8,9 @@ glossy   @lobehub/fluent-emoji-3d                               npm pack NAME   
 clips    @lobehub/fluent-emoji-anim-1 … -4, of the glossy style npm pack NAME                     MIT
 
 A package is the .tgz that `npm pack NAME` downloads; nothing is unpacked. A caption is STYLE NAME: "flat
-grinning face". OUT/train/ and OUT/test/ are a Hugging Face imagefolder each, a folder a style, with
-metadata.jsonl. Of 8 % of the emoji with three styles or more, one style lies in OUT/test/, and so in no
-training set: can a model draw an emoji in a style in which it has never seen it? OUT/clips/ is for --clips.
+grinning face". OUT/train/ and OUT/test/ are each a Hugging Face imagefolder: metadata.jsonl, and a
+folder for each style. Of 8 % of the emoji with three styles or more, one style lies in OUT/test/, and so in
+no training set: can a model draw an emoji in a style in which it never saw it? OUT/clips/ is for --clips.
 """
 import hashlib
 import io

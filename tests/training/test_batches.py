@@ -8,6 +8,7 @@ import torch
 
 from data import tar_shards
 from encoders.t5 import Tokenizer
+from training import models
 from training.batches import Captions, Step, TarReader, ahead, steps_of
 
 
@@ -95,6 +96,12 @@ def test_captions_tokenised_once_are_those_of_each_batch():
         expected = tokenize([captions[i] for i in indices])
         for (tokens, mask), (known, known_mask) in zip(kept(torch.tensor(list(indices)), torch.rand(len(indices))), expected):
             assert torch.equal(mask, known_mask) and torch.equal(tokens * mask, known * known_mask)
+
+
+def test_the_words_of_all_captions_of_a_picture_are_known():
+    several = SimpleNamespace(variants=[["red"], ["blue", "green star"]], captions=["red", "blue"])
+    assert models.vocabulary(models.some_captions(several, 2)) == ["blue", "green", "red", "star"]
+    assert models.some_captions(several, 1) == ["red"]
 
 
 def test_of_several_captions_one_is_drawn():
