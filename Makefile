@@ -34,7 +34,8 @@ RECIPE ?= emoji
 SIZE ?= 64
 
 emoji/train: | .venv/installed
-	@ls *.tgz >/dev/null || { echo "download the packages first: docs/real-pictures.md says how"; exit 1; }
+	@ls emoji-datasource-*.tgz *-emoji-3d-*.tgz *-emoji-anim-*.tgz >/dev/null 2>&1 \
+	  || { echo "download the packages first: docs/real-pictures.md says how"; exit 1; }
 	$(PY) -m data.emoji emoji --size $(SIZE) $(wildcard *.tgz)
 
 emoji: .venv/installed emoji/train

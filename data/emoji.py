@@ -21,6 +21,7 @@ import signal
 import tarfile
 import unicodedata
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ def names_of(table, skin_tones):
     names = {}
     for entry in table:
         words = entry["name"].lower().replace(":", " ").replace(",", " ").split()
+        if words[:2] == ["emoji", "modifier"]:
+            continue  # a square of a skin tone
         names[key_of(entry["unified"])] = " ".join(words)
         for tones, variant in entry.get("skin_variations", {}).items() if skin_tones else ():
             tones = [TONES[tone] for tone in tones.lower().split("-")]
@@ -114,10 +117,11 @@ def in_package(path):
 
 
 def held_out(key, styles):
-    """The style in which an emoji is never trained, or None. It follows from the emoji, all skin tones alike,
-    and the names of its styles."""
+    """The style in which an emoji is never trained, or None. It follows from the emoji, all its skin tones
+    and genders alike, since they look alike, and from the names of its styles."""
     first, *others = key.split("-")
     key = "-".join([first, *(part for part in others if part not in TONES)])
+    key = key.removesuffix("-200d-2640").removesuffix("-200d-2642")  # the signs of woman and man
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
     if len(styles) < 3 or number % 100 >= HELD_OUT:
         return None
@@ -177,15 +181,20 @@ def make_emoji(out, packages=(), font="", size=64, skin_tones=False):
     shutil.rmtree(out, ignore_errors=True)
     try:
         for style, pictures in styles.items():
+            drawn = {}
             for key in tqdm([key for key in names if key in pictures], style, leave=False, disable=None):
-                having = [other for other in styles if key in styles[other]]
-                split = "test" if held_out(key, having) == style else "train"
                 picture = pictures[key]
                 if isinstance(picture, bytes):
                     picture = Image.open(io.BytesIO(picture))
+                drawn[key] = white(picture, size)
+            count = Counter(picture.tobytes() for picture in drawn.values())
+            for key, picture in drawn.items():
+                having = [other for other in styles if key in styles[other]]
+                unseen = held_out(key, having) == style and count[picture.tobytes()] == 1  # and has no double
+                split = "test" if unseen else "train"
                 file = out / split / style / f"{key}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
-                white(picture, size).save(file)
+                picture.save(file)
                 rows[split].append((f"{style}/{key}.png", f"{style} {names[key]}"))
         for split in rows:
             if rows[split]:

@@ -52,7 +52,8 @@ def packages(tmp_path):
 @pytest.fixture
 def font(tmp_path, monkeypatch):
     """In place of a colour-emoji font."""
-    drawn = lambda path, names: ((key, Image.new("RGBA", (136, 128), "green")) for key in names)
+    green = lambda key: Image.new("RGBA", (136, 128), (0, int(key[:5], 16) % 256, 0))
+    drawn = lambda path, names: ((key, green(key)) for key in names)
     monkeypatch.setattr(emoji, "drawn_by_font", drawn)
     (tmp_path / "font.ttf").touch()
     return str(tmp_path / "font.ttf")
@@ -84,7 +85,28 @@ def test_what_is_held_out_follows_from_the_emoji_alone():
     assert all(0.02 < share < 0.035 for share in shares) and found[:9] == [emoji.held_out(f"{0x1F000 + i:x}", styles[::-1]) for i in range(9)]
     assert not any(emoji.held_out(key, styles[:2]) for key in KEYS)
     held = next(key for key in KEYS if emoji.held_out(key, styles))
-    assert emoji.held_out(f"{held}-1f3fb", styles) == emoji.held_out(f"{held}-1f3ff", styles) == emoji.held_out(held, styles)
+    for alike in ("1f3fb", "1f3ff", "200d-2640", "1f3fb-200d-2642"):
+        assert emoji.held_out(f"{held}-{alike}", styles) == emoji.held_out(held, styles)
+    assert {emoji.held_out(f"{held}-200d-{code:x}", styles) for code in range(0x2700, 0x2740)} != {emoji.held_out(held, styles)}
+
+
+def test_a_double_of_a_training_picture_is_not_held_out(tmp_path, packages, font):
+    def held(packages, out):
+        emoji.make_emoji(tmp_path / out, packages, font, 16)
+        return unseen(tmp_path / out, 16).captions
+
+    before = held(packages[:2], "before")
+    chosen = next(caption for caption in before if caption.startswith("flat"))
+    i = int(chosen.split()[-1])
+    table = [dict(name=f"face number {k}", unified=key) for k, key in enumerate(KEYS)]
+    table.append(dict(name="EMOJI MODIFIER FITZPATRICK TYPE-3", unified="1f3fc"))
+    files = {f"img/twitter/64/{key}.png": picture(k) for k, key in enumerate([*KEYS, "1f3fc"])}
+    files[f"img/twitter/64/{KEYS[i - 1]}.png"] = picture(i)
+    files["emoji.json"] = json.dumps(table).encode()
+    twin = package(tmp_path / "twin.tgz", "emoji-datasource-twitter", files)
+    assert set(held([twin, packages[1]], "after")) == set(before) - {chosen, f"flat face number {i - 1}"}
+    train = Folder(tmp_path / "after", 16)
+    assert chosen in train.captions and not any("modifier" in caption for caption in train.captions)
 
 
 def test_a_package_is_drawn_as_it_is(tmp_path, packages, font):
