@@ -87,10 +87,10 @@ def check_flags(flags, given, clips):
             raise ValueError(f"--{dashed(name)}: of clips only, and this is an image model; {hint}")
 
 
-def print_notes(prompts, known, tokenizers, most=20):
-    """Prints what of each prompt the model cannot know: words that no training caption had, words that a
-    tokenizer has no pieces for, and an end that it cuts off. known: the words of the training captions, or
-    []: any. most: how many notes are printed."""
+def notes_on(prompts, known, tokenizers):
+    """What of each prompt the model cannot know, a line for each that has any: words that no training caption
+    had, words that a tokenizer has no pieces for, and an end that it cuts off. known: the words of the
+    training captions, or []: any."""
     notes = []
     for prompt in dict.fromkeys(prompts):
         unknown = set(words_of(prompt)) - set(known or words_of(prompt))
@@ -102,6 +102,12 @@ def print_notes(prompts, known, tokenizers, most=20):
                 parts.append(f"only the first {tokenizer.length} tokens are read, the last {cut} are not")
         if parts:
             notes.append(f'note: in "{shortened(prompt)}" {"; ".join(parts)}')
+    return notes
+
+
+def print_notes(prompts, known, tokenizers, most=20):
+    """Prints the notes on prompts, at most so many."""
+    notes = notes_on(prompts, known, tokenizers)
     if len(notes) > most:
         notes[most - 1 :] = [f"note: … and likewise in {len(notes) - most + 1} more prompts"]
     if share()[0] == 0:  # one voice

@@ -7,6 +7,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+CAPTIONS = ["a red circle above a blue square", "a small green cross", "a big pink star"]
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "rounding: compares computations of different shape; make test-processors runs it")
@@ -58,3 +60,24 @@ def fake_cuda(module):
                 if tensors[name] is not None:
                     tensors[name] = torch.empty(tensors[name].shape, device="cuda")
     return module
+
+
+def tiny(folder, **more):
+    """A tiny model with random weights, saved as a run leaves it."""
+    from encoders.t5 import Tokenizer
+    from sample import Pipeline
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(CAPTIONS)
+    config = dict(
+        model=dict(depth=2, width=24, heads=2, channels=4, out_channels=4, text_widths=(16,), **more),
+        text=dict(vocabulary=len(tokenizer), width=16, depth=1, heads=2, head_width=8, mlp_width=16),
+        autoencoder=dict(channels=4, width=16, depth=1), diffusion=dict(schedule="cosine", target="velocity"),
+        image_size=32, frames=3, words=sorted({w for c in CAPTIONS for w in c.split()}), flags=dict(data="shapes"),
+    )  # fmt: skip
+    model = Pipeline(config, tokenizer)
+    with torch.no_grad():
+        for p in model.transformer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save(folder / "model.safetensors")
+    return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import rounding
+from conftest import CAPTIONS, rounding, tiny
 from PIL import Image, ImageSequence
 from test_docs import check_command
 
@@ -22,27 +22,6 @@ from sample import Pipeline
 from encoders.t5 import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-CAPTIONS = ["a red circle above a blue square", "a small green cross", "a big pink star"]
-
-
-def tiny(folder, **more):
-    """A tiny model with random weights, saved as a run leaves it."""
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.train(CAPTIONS)
-    config = dict(
-        model=dict(depth=2, width=24, heads=2, channels=4, out_channels=4, text_widths=(16,), **more),
-        text=dict(vocabulary=len(tokenizer), width=16, depth=1, heads=2, head_width=8, mlp_width=16),
-        autoencoder=dict(channels=4, width=16, depth=1), diffusion=dict(schedule="cosine", target="velocity"),
-        image_size=32, frames=3, words=sorted({w for c in CAPTIONS for w in c.split()}), flags=dict(data="shapes"),
-    )  # fmt: skip
-    model = Pipeline(config, tokenizer)
-    with torch.no_grad():
-        for p in model.transformer.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    model.save(folder / "model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("run"))
