@@ -13,7 +13,7 @@ from training import recipes
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
@@ -62,12 +62,15 @@ def check_script(script, words):
 def check_command(words):
     program, *rest = words
     if program == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        targets = re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), re.M)
         rest = [word for word in rest if "=" not in word]  # its variables
         assert rest and set(rest) <= set(targets), f"the Makefile has no target {rest}"
     elif program == "torchrun":
         parsed = get_args_parser().parse_args(rest)
         check_script(parsed.training_script, parsed.training_script_args)
+    elif program == "python" and rest[:2] == ["-m", "pytest"]:
+        paths = [word for word in rest[2:] if not word.startswith("-")]
+        assert paths and all((ROOT / path).exists() for path in paths), f"no such tests: {paths}"
     elif program == "python" and rest[:1] == ["-m"]:
         check_script(rest[1].replace(".", "/") + ".py", rest[2:])
     elif program == "python":
@@ -78,8 +81,8 @@ def check_command(words):
 
 
 def all_flags():
-    scripts = ["train.py", "sample.py", "evaluate.py", "data/emoji.py", "data/tar_shards.py", "data/latent_cache.py",
-               "evaluation/published_dit.py"]
+    scripts = ["train.py", "sample.py", "evaluate.py", "inside.py", "claims.py", "data/emoji.py", "data/tar_shards.py",
+               "data/latent_cache.py", "evaluation/published_dit.py", "evaluation/preference.py"]
     torchrun = {option for action in get_args_parser()._actions for option in action.option_strings}
     return torchrun | {f"--{flags.dashed(name)}" for script in scripts for name in flags_of(script).__dataclass_fields__}
 

@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "evaluation": "common attention diffusion conditioning temporal encoders dit data sample",
     "train": "common attention diffusion conditioning temporal encoders dit data sample training evaluation.dry_run",
     "evaluate": "common attention diffusion conditioning temporal encoders dit data sample evaluation",
+    "inside": "common attention diffusion conditioning temporal encoders dit data sample",
+    "claims": "common attention diffusion conditioning temporal encoders dit data sample training evaluation train evaluate",
 }
 ALSO = {"training.models": "attention dit temporal sample",  # the one file of training/ that knows the model
         "evaluation.benchmark": "train"}  # whose loop it measures
