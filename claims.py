@@ -414,8 +414,8 @@ def plain_start(model):
 
 
 def labels(claim):
-    """The class-conditional DiT is the special case with a label in the place of text (section 3.2). DiT finds
-    adaLN-Zero better than adaLN (arXiv 2212.09748).
+    """The class-conditional DiT is the special case with a label in the place of text (section 3.2). DiT
+    finds adaLN-Zero better than adaLN (arXiv 2212.09748).
 
     The same pictures of one thing, with the class of colour and shape or with these words. Score: of 210
     pictures, how many show that colour and that shape, and nothing else."""
