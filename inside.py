@@ -152,9 +152,10 @@ class Inside:
             pictures = torch.cat([self.model.autoencoder.decode(part).cpu() for part in flat.split(64)])
         return pictures.view(*latents.shape[:-3], *pictures.shape[1:])
 
-    def lit(self, weights, frame):
-        """A frame of the result, bright where the weights (N,) of its patches are large: (3, H, W) uint8."""
-        light = (weights / weights.max().clamp(min=1e-9)).view(1, 1, *self.cells)
+    def lit(self, weights, most, frame):
+        """A frame of the result, bright where the weights (N,) of its patches are near `most`: (3, H, W)
+        uint8."""
+        light = (weights / most.clamp(min=1e-9)).view(1, 1, *self.cells)
         picture = self.result[frame]
         light = torch.nn.functional.interpolate(light, picture.shape[-2:])[0]  # (1, H, W)
         return (picture * (0.15 + 0.85 * light)).to(torch.uint8)
@@ -195,28 +196,23 @@ def sheets(seen, patch):
     changes = [seen.decoded(seen.terms[0, shown] + term[shown]) - base for term in seen.terms[1:]]
     parts = [to_bytes(a_frame(part)) for part in (base, *changes, seen.decoded(seen.x0[shown]))]
     kinds = ["without text", "what the text changes", "what motion changes"][: len(seen.terms)] + ["the sum"]
+    kinds = kinds if len(seen.terms) > 1 else ["the model, without guidance", "the same"]
     names = [f"{kind}, {t}" for kind in kinds for t in times]
     yield "terms", figures.grid(torch.cat(parts), names, len(shown))
 
     blocks = range(seen.self.shape[1])
     if seen.cross is not None:  # (S, blocks, F, N, words)
-        W = range(len(seen.words))
         by_block = seen.cross[:, :, frame].mean(0)  # (blocks, N, words)
-        tiles = [seen.lit(by_block[k, :, w], frame) for k in blocks for w in W]
-        names = [f"block {k + 1}: {word}" for k in blocks for word in seen.words]
-        yield "words", figures.grid(torch.stack(tiles), names, len(W))
-        by_step = seen.cross[:, :, frame].mean(1)  # (S, N, words)
-        tiles = [seen.lit(by_step[k, :, w], frame) for k in shown for w in W]
-        names = [f"t {seen.times[k]}: {word}" for k in shown for word in seen.words]
-        yield "words-by-step", figures.grid(torch.stack(tiles), names, len(W))
+        yield "words", words(seen, by_block, [f"block {k + 1}" for k in blocks], [frame] * len(blocks))
+        by_step = seen.cross[shown, :, frame].mean(1)  # (shown, N, words)
+        yield "words-by-step", words(seen, by_step, times, [frame] * len(shown))
         if seen.clip:
             by_frame = seen.cross.mean((0, 1))  # (F, N, words)
-            tiles = [seen.lit(by_frame[f, :, w], f) for f in range(F) for w in W]
-            names = [f"frame {f + 1}: {word}" for f in range(F) for word in seen.words]
-            yield "words-by-frame", figures.grid(torch.stack(tiles), names, len(W))
+            yield "words-by-frame", words(seen, by_frame, [f"frame {f + 1}" for f in range(F)], range(F))
 
     own = torch.nn.functional.one_hot(torch.tensor(patch), seen.self.shape[-1]).float()
-    tiles = [seen.lit(own, frame)] + [seen.lit(seen.self[:, k, frame, patch].mean(0), frame) for k in blocks]
+    read = [own, *seen.self[:, :, frame, patch].mean(0)]  # (N,) each: the patch, and what each block reads
+    tiles = [seen.lit(weights, weights.max(), frame) for weights in read]
     names = ["the patch", *(f"block {k + 1}" for k in blocks)]
     yield "patch", figures.grid(torch.stack(tiles), names, len(tiles))
 
@@ -239,6 +235,16 @@ def sheets(seen, patch):
     tiles = to_bytes(torch.stack(tiles)).unsqueeze(1).expand(-1, 3, -1, -1)
     names = ["a row for each patch: its position", "a row for each frame"][: len(tiles)]
     yield "positions", figures.grid(tiles, names, 1, zoom=4)
+
+
+def words(seen, weights, rows, frames):
+    """Where each word is read: weights (rows, N, words), with the name and the frame of each row. A word is
+    as bright as its largest weight of all rows allows."""
+    most = weights.amax((0, 1))  # (words,)
+    places = [(r, w) for r in range(len(rows)) for w in range(len(most))]
+    tiles = [seen.lit(weights[r, :, w], most[w], frames[r]) for r, w in places]
+    names = [f"{rows[r]}: {seen.words[w]}" for r, w in places]
+    return figures.grid(torch.stack(tiles), names, len(most))
 
 
 def write(seen, patch, out):
