@@ -8,12 +8,14 @@ A claim is a function below. Its docstring says what the paper found; its body, 
 that is done leaves a line in docs/claims/NAME.jsonl, and is not run again: delete the line to repeat it. From
 these lines NAME.md and NAME.png are made. Trained models stay in runs/claims/; docs/claims.md discusses all.
 
-Claims about clips start from the image model of `make demo` (runs/image-shapes), which is trained first if
-there is none.
+All share the autoencoder of `make demo`, and claims about clips start from its image model. They are trained
+first if there are none.
 """
 import contextlib
 import json
 import re
+import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +60,19 @@ class Claim:
         text = self.path.read_text() if self.path.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
-    def run(self, row, seed, job):
-        """Does one run of a row of the table, unless it is done. job() → {score: number}."""
-        if any((line["row"], line["seed"]) == (row, seed) for line in self.lines()):
-            return
+    def run(self, row, seed, job, flags=""):
+        """Does one run of a row of the table, unless it is done. job() → {score: number}. flags: those of its
+        training. ValueError if it was done with others."""
+        for line in self.lines():
+            if (line["row"], line["seed"]) == (row, seed):
+                if line["flags"] != flags:
+                    raise ValueError(f"{self.path}: {row}, seed {seed} had other flags; delete its line")
+                return
         print(f"\n{self.name}: {row}, seed {seed}", flush=True)
+        if finished(self.folder_of(row, seed)):  # of a line that was deleted
+            shutil.rmtree(self.folder_of(row, seed))
         start = time.perf_counter()
-        line = dict(row=row, seed=seed, scores=job())
+        line = dict(row=row, seed=seed, flags=flags, scores=job())
         line |= dict(seconds=round(time.perf_counter() - start), machine=processor(device_of()))
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
@@ -77,35 +85,43 @@ class Claim:
     def train(self, stage, out, seed, flags, kind=Pipeline):
         """Trains, or goes on where it was stopped → the Pipeline, of this kind. flags: a string."""
         words = [stage, *flags.split(), "--seed", str(seed), "--out", str(out), "--sample-every", "-1"]
-        words += ["--autoencoder", str(self.autoencoder())] * (stage == "image")
-        words += "--steps 2 --batch-size 4 --checkpoint-every 1".split() * self.quick
-        resume = any(out.glob("checkpoints/*/config.json"))
-        train.main(words + ["--resume"] * resume)
+        if stage == "image":
+            words += ["--autoencoder", str(self.autoencoder())]
+        if stage == "video":
+            words += ["--init", str(self.image_model())]
+        self.call_train(words, out)
         return load(out, kind)
 
+    def call_train(self, words, out):
+        words += "--steps 2 --batch-size 4 --checkpoint-every 1".split() * self.quick
+        resume = any(out.glob("checkpoints/*/config.json"))
+        try:
+            train.main(words + ["--resume"] * resume)
+        except SystemExit:  # Ctrl-C; it has left a checkpoint
+            raise KeyboardInterrupt(signal.SIGINT) from None
+
     def autoencoder(self):
-        """Its folder; it is trained first, if there is none."""
+        """Its folder; it is trained first, or to its end."""
         out = RUNS / "quick/autoencoder" if self.quick else Path("runs/autoencoder-shapes")
-        if not (out / "model.safetensors").exists():
-            steps = ["--steps", "2", "--batch-size", "4"] * self.quick
-            train.main(["autoencoder", "--out", str(out), *steps])
+        if not finished(out):
+            self.call_train(["autoencoder", "--out", str(out)], out)
         return out
 
     def image_model(self):
-        """The folder of the image model that clips start from; it is trained first, if there is none."""
+        """The folder of the image model that clips start from; it is trained first, or to its end."""
         out = RUNS / "quick/image" if self.quick else Path("runs/image-shapes")
-        if not (out / "model.safetensors").exists():
+        if not finished(out):
             self.train("image", out, 0, "")
         return out
 
     def images(self, rows):
-        """Trains and scores an image model for each row and seed. rows: {row: flags}; "{seed}" in flags is
-        replaced."""
+        """Trains and scores an image model for each row and seed. rows: {row: flags}."""
         prompts = self.count(50)
         for seed in self.seeds:
             for row, flags in rows.items():
-                out, flags = self.folder_of(row, seed), flags.format(seed=seed)
-                self.run(row, seed, lambda: of_image(self.train("image", out, seed, flags), prompts))
+                out = self.folder_of(row, seed)
+                job = lambda: of_image(self.train("image", out, seed, flags), prompts)
+                self.run(row, seed, job, flags)
 
     def count(self, prompts):
         return 1 if self.quick else prompts
@@ -131,9 +147,10 @@ class Claim:
         a, b = self.values(first, score), self.values(second, score)
         if not a or not b:
             return "Not run yet."
-        apart = np.mean(a) - np.std(a) > np.mean(b) + np.std(b)
-        verdict = "higher, intervals apart" if apart else "higher, but the intervals overlap"
-        verdict = verdict if np.mean(a) > np.mean(b) else "not higher"
+        verdict = "higher" if np.mean(a) > np.mean(b) else "not higher"
+        if min(len(a), len(b)) > 1 and verdict == "higher":
+            apart = np.mean(a) - np.std(a, ddof=1) > np.mean(b) + np.std(b, ddof=1)
+            verdict += ", intervals apart" if apart else ", but the intervals overlap"
         return f"{score}: {first} {spread(a)}, {second} {spread(b)}: {verdict}."
 
     def page(self, table, verdicts, picture):
@@ -170,8 +187,17 @@ def changed(place, **parts):
     return mock.patch.multiple(place, **parts) if parts else contextlib.nullcontext()
 
 
+def finished(out):
+    """Whether the folder of a run holds one that was trained to its end."""
+    path = Path(out) / "run.json"
+    return path.exists() and bool(json.loads(path.read_text())["finished"])
+
+
 def spread(values):
-    return f"{np.mean(values):.2f} ± {np.std(values):.2f}" if values else "–"
+    """Mean ± standard deviation; of one value, itself."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "–"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
 def load(run, kind=Pipeline):
@@ -224,33 +250,47 @@ def encoders(claim):
 
     A CLIP and a T5 in miniature are trained on the captions (CLIP on their pictures too), and frozen, as
     theirs were: training/text_pretraining.py. Scores of evaluate.py, 50 prompts a column."""
-    texts = claim.runs / "text"
+    rows = {"CLIP": ["clip"], "T5": ["t5"], "both in turn": ["clip", "t5"]}
     for seed in claim.seeds:
-        if not (texts / f"t5-{seed}").exists():
-            dataset, autoencoder = Shapes(64, seed=seed), autoencoders.load(claim.autoencoder())
-            steps = dict(steps=2, batch_size=4) if claim.quick else {}
-            pretrain_clip(texts / f"clip-{seed}", dataset, autoencoder, seed, **steps)
-            pretrain_t5(texts / f"t5-{seed}", dataset.captions, seed, **steps)
-    clip, t5 = f"--clip {texts}/clip-{{seed}}", f"--t5 {texts}/t5-{{seed}}"
-    rows = {"CLIP": clip, "T5": t5, "both in turn": f"{clip} {t5}"}
-    claim.images({row: f"--steps 400 {flags}" for row, flags in rows.items()})
+        for row, names in rows.items():
+
+            def job():
+                texts = [f"--{name} {pretrained(claim, name, seed)}" for name in names]
+                flags, out = " ".join(["--steps 400", *texts]), claim.folder_of(row, seed)
+                return of_image(claim.train("image", out, seed, flags), claim.count(50))
+
+            claim.run(row, seed, job)
     verdicts = [claim.higher("seen", *pair) for pair in (("T5", "CLIP"), ("both in turn", "T5"))]
     claim.page(claim.table(rows, [*COLUMNS, "seen", "unseen"]), verdicts, claim.samples(rows, SHOWN))
+
+
+def pretrained(claim, name, seed):
+    """The folder of a small "clip" or "t5", which is trained first if there is none."""
+    out = claim.runs / f"text-{name}-{seed}"
+    if not (out / "model.safetensors").exists():
+        dataset = Shapes(64, seed=seed)
+        steps = dict(steps=2, batch_size=4) if claim.quick else {}
+        if name == "clip":
+            pretrain_clip(out, dataset, autoencoders.load(claim.autoencoder()), seed, **steps)
+        else:
+            pretrain_t5(out, dataset.captions, seed, **steps)
+    return out
 
 
 def scale(claim):
     """A deeper, wider model is better: G/2 has a mean of 50.0 on T2I-CompBench, XL/2 49.1 (section 4.2).
 
-    Five sizes at equal steps. Depth, width and MLP width are also changed alone. FLOPs are those of training
-    in all; scores of evaluate.py, 50 prompts a column."""
-    sizes = {"3x96": dict(depth=3, width=96), "4x128": dict(depth=4, width=128), "6x192": {},
-             "8x256": dict(depth=8, width=256), "2x192, less depth": dict(depth=2),
-             "6x96, less width": dict(width=96), "6x192, MLP width 192": dict(mlp_ratio=1)}
-    named = {f"mini{i}": SIZES["mini"] | size for i, size in enumerate(sizes.values())}
-    with mock.patch.dict(SIZES, named):
-        rows = {row: f"--size {size} --recipe demo --steps 300" for row, size in zip(sizes, named)}
+    Depth × width, at equal steps; and depth, width and MLP width each changed alone. Scores of evaluate.py,
+    50 prompts a column."""
+    sizes = {"3×96": dict(depth=3, width=96), "4×128": dict(depth=4, width=128), "6×192": {},
+             "8×256": dict(depth=8, width=256), "2×192, less depth": dict(depth=2),
+             "6×96, less width": dict(width=96), "6×192, MLP width 192": dict(mlp_ratio=1)}
+    name = lambda size: "mini" + "".join(f"-{key}-{value}" for key, value in size.items())
+    with mock.patch.dict(SIZES, {name(size): SIZES["mini"] | size for size in sizes.values()}):
+        rows = {row: f"--size {name(size)} --recipe demo --steps 300" for row, size in sizes.items()}
         claim.images(rows)
-        verdicts = [claim.higher("seen", "6x192", row) for row in rows if row != "6x192"]
+        verdicts = [claim.higher("seen", "8×256", "6×192")]
+        verdicts += [claim.higher("seen", "6×192", row) for row in rows if row not in ("6×192", "8×256")]
         claim.page(claim.table(rows, ["seen", "unseen"]), verdicts, claim.samples(rows, SHOWN))
 
 
@@ -291,10 +331,11 @@ def at_random(new_video_model):
 
 def frames_while_training(claim, out, seed):
     """{"step 1": score of frames, …}"""
+    shutil.rmtree(out, ignore_errors=True)  # a run of more steps cannot go back
     scores, count = {}, claim.count(5)
     asked = [(column, prompt) for column in COLUMNS for prompt in moving_prompts(column, count)]
     for step in STARTS:
-        flags = f"--init {claim.image_model()} --steps {step} --cooldown 0 --frame-curriculum 0,0,0"
+        flags = f"--steps {step} --cooldown 0 --frame-curriculum 0,0,0"
         clips = generator(claim.train("video", out, seed, flags))([prompt.text for _, prompt in asked])
         pairs = list(zip(clips.permute(0, 1, 3, 4, 2).numpy(), asked))
         judged = [judge(look(frame), prompt, column) for clip, (column, prompt) in pairs for frame in clip]
@@ -314,12 +355,16 @@ def joint(claim):
             "with pictures and mask": ""}
     for seed in claim.seeds:
         for row, flags in rows.items():
-            out, flags = claim.folder_of(row, seed), f"--init {claim.image_model()} {SHORT_VIDEO} {flags}"
-            claim.run(row, seed, lambda: of_clips(claim.train("video", out, seed, flags), claim.count(60)))
+            job = lambda: of_clips(joint_model(claim, row, seed, flags), claim.count(60))
+            claim.run(row, seed, job, f"{SHORT_VIDEO} {flags}")
     verdicts = [claim.higher("frames", "with pictures and mask", "clips alone"),
                 claim.higher("motion", "with pictures and mask", "with pictures, no mask")]
     table = claim.table(rows, ["motion", "identity", "frames"])
     claim.page(table, verdicts, claim.samples(rows, SHOWN_MOVING))
+
+
+def joint_model(claim, row, seed, flags=""):
+    return claim.train("video", claim.folder_of(row, seed), seed, f"{SHORT_VIDEO} {flags}")
 
 
 GUIDANCE = [(2, 0), (2, 1), (2, 1.3), (2, 2), (1, 1), (4, 1), (7.5, 1)]  # (λ_T, λ_M)
@@ -334,11 +379,10 @@ def guidance(claim):
     different prompts do, in pixels."""
     rows = {f"λ_T {t:g}, λ_M {m:g}": dict(lambda_t=t, lambda_m=m) for t, m in GUIDANCE}
     trained = Claim("joint", claim.folder, len(claim.seeds), claim.quick)
-    joint(trained)
     for seed in claim.seeds:
-        run = trained.folder_of("with pictures and mask", seed)
         for row, scales in rows.items():
-            claim.run(row, seed, lambda: of_guidance(load(run), claim.count(100), scales))
+            model = lambda: joint_model(trained, "with pictures and mask", seed)
+            claim.run(row, seed, lambda: of_guidance(model(), claim.count(100), scales))
     scores, panels = ["motion", "identity", "frames", "diversity"], []
     for name, fixed, value in (("lambda_m", "lambda_t", 2), ("lambda_t", "lambda_m", 1)):
         chosen = sorted((scales[name], row) for row, scales in rows.items() if scales[fixed] == value)
@@ -407,10 +451,12 @@ def new_label_model(flags, dataset, autoencoder):
 
 
 def plain_start(model):
-    """dit.initialise, but the layers of shift, scale and gate start at random values, not at zero."""
+    """dit.initialise, but shift and scale start at random values, gates at about 1: adaLN without Zero."""
     initialise(model)
     for part in (*model.blocks, model.final):
         nn.init.xavier_uniform_(part.modulation[1].weight)
+    for block in model.blocks:
+        block.modulation[1].bias.data.view(6, -1)[[2, 5]] = 1.0
 
 
 def labels(claim):
@@ -421,22 +467,24 @@ def labels(claim):
     pictures, how many show that colour and that shape, and nothing else."""
     rows = {"text, cross-attention": {}, "label, adaLN-Zero": dict(new_image_model=new_label_model),
             "label, adaLN": dict(new_image_model=new_label_model, initialise=plain_start)}
-    asked = CLASSES * claim.count(6)
+    claim.autoencoder()  # of all shapes
     for seed in claim.seeds:
         for row, changes in rows.items():
             out, kind = claim.folder_of(row, seed), Labels if changes else Pipeline
             one_thing = changed(folder, load=lambda data, size, seed: OneThing(size, seed))
             with one_thing, changed(models, **changes):
                 job = lambda: claim.train("image", out, seed, "--steps 200", kind)
-                claim.run(row, seed, lambda: of_classes(job(), asked))
+                claim.run(row, seed, lambda: of_classes(job(), claim.count(6)))
     verdicts = [claim.higher("right", "label, adaLN-Zero", row) for row in rows if row != "label, adaLN-Zero"]
     claim.page(claim.table(rows, ["right"]), verdicts, None)
 
 
-def of_classes(model, asked):
-    pictures = generator(model)(asked).permute(0, 2, 3, 1).numpy()  # (B, S, S, 3)
-    found = [[f"{thing.colour} {thing.shape}" for thing in look(picture)] for picture in pictures]
-    return dict(right=float(np.mean([things == [name] for things, name in zip(found, asked)])))
+def of_classes(model, count):
+    """{"right": share} of `count` pictures of each class."""
+    pictures = torch.cat([generator(model, seed=k)(CLASSES) for k in range(count)])
+    found = [look(picture) for picture in pictures.permute(0, 2, 3, 1).numpy()]
+    names = [[f"{thing.colour} {thing.shape}" for thing in things] for things in found]
+    return dict(right=float(np.mean([things == [name] for things, name in zip(names, CLASSES * count)])))
 
 
 def min_snr(diffusion, x0, t):
@@ -459,17 +507,18 @@ def logit_normal(diffusion, shape, generator=None):
 def objective(claim):
     """Beyond the paper: it predicts the noise under DiT's linear schedule, with AdamW. The demo predicts the
     velocity under the cosine schedule, with a timestep shift, QK-norm and Muon. Each is taken back alone; two
-    things that the field uses today are added: min-SNR weights, and logit-normal timesteps (with shift 3, as
-    the peers have it).
+    things that the field uses today are added: min-SNR weights, and logit-normal timesteps, with shift 3.
 
-    Scores of evaluate.py after 300 steps, 50 prompts a column."""
+    Scores of evaluate.py after 300 steps, 50 prompts a column. (The noise target under the cosine schedule
+    divides by α = 0.00005 in the first step of sampling: that row fails by itself.)"""
     flags = {
-        "as the demo": "", "noise": "--target noise", "x0": "--target x0",
-        "linear schedule": "--schedule linear", "no shift": "--shift 1",
-        "no QK-norm": "--qk-norm false", "AdamW": "--optimizer adamw --lr 1e-3",
-        "min-SNR": "", "logit-normal": "--shift 3",
+        "as the demo": "", "x0": "--target x0", "noise": "--target noise",
+        "noise, linear schedule": "--target noise --schedule linear", "linear schedule": "--schedule linear",
+        "no QK-norm": "--qk-norm false", "AdamW": "--optimizer adamw --lr 1e-3", "no shift": "--shift 1",
+        "shift 3": "--shift 3", "shift 3, logit-normal": "--shift 3", "min-SNR": "",
     }
-    changes = {"min-SNR": dict(loss=weighted_loss), "logit-normal": dict(random_timesteps=logit_normal)}
+    changes = {"min-SNR": dict(loss=weighted_loss),
+               "shift 3, logit-normal": dict(random_timesteps=logit_normal)}
     for row in flags:
         with changed(Diffusion, **changes.get(row, {})):
             claim.images({row: f"--steps 300 {flags[row]}"})
@@ -495,6 +544,8 @@ def main(arguments):
     if unknown or not words:
         found = f"{unknown[0]}: no claim" if unknown else "name a claim"
         raise ValueError(f"{found}; there are {', '.join(CLAIMS)}, or all")
+    if flags.quick and flags.out:
+        raise ValueError("--out: runs of --quick have a folder of their own, since they show nothing")
     out = flags.out or (RUNS / "quick" if flags.quick else "docs/claims")
     for name in CLAIMS if "all" in words else words:
         CLAIMS[name](Claim(name, out, 1 if flags.quick else flags.seeds, flags.quick))

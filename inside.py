@@ -1,7 +1,7 @@
 """What happens inside of a model while it draws one prompt.
 
     python inside.py "a red circle above a blue square"     the newest image run; pictures in inside/
-    python inside.py --video "a red circle moving left"     the newest video run
+    python inside.py --video "a red circle moving left"     the newest video run; in inside-clip/
     python inside.py --serve                                both, as a page of this machine
 
     steps.png       noisy latents x_t, and the x_0 that the model predicts from them, decoded
@@ -18,6 +18,7 @@ weights, averaged over heads, while `Pipeline.generate` runs as it always does.
 Letters: S steps, K passes of guidance, F frames, N image tokens a frame, C latent channels, L text tokens.
 """
 import base64
+import contextlib
 import functools
 import io
 import itertools
@@ -47,24 +48,25 @@ MOST_SHOWN = 8  # steps of a sheet
 
 class Watch:
     """with Watch(transformer) as watch: … records each call that draws one prompt: `calls` has a dictionary
-    for each step, with x ([F,] C, h, w), t, outputs (K, [F,] C, h, w), and for each block, in lists, the
-    attention of the first pass: self (F, N, N), cross (F·N, L + M), temporal (F, F), averaged over patches.
+    for each step, with x ([F,] C, h, w), t, outputs (K, [F,] C, h, w), and the cross-attention of the first
+    pass, (F·N, L + M) for each block. `sums` adds up the other attention of that pass over the steps:
+    {("self", block): (F, N, N), ("temporal", block): (F, F)}, the latter averaged over patches.
     still: the motion-free mask holds in all passes, so that a clip becomes separate pictures."""
 
     def __init__(self, transformer, still=False):
-        self.transformer, self.still, self.calls = transformer, still, []
+        self.transformer, self.still, self.calls, self.sums = transformer, still, [], {}
 
     def __enter__(self):
         hook = self.transformer.register_forward_pre_hook(self.before, with_kwargs=True)
         self.hooks = [hook, self.transformer.register_forward_hook(self.after)]
         self.attends = {}  # what each layer computed with
-        for block in self.transformer.blocks:
+        for k, block in enumerate(self.transformer.blocks):
             for name, branch in (("self", block.self_attention), ("cross", block.cross_attention),
                                  ("temporal", block.temporal)):
                 if branch is not None:
                     layer = getattr(branch, "attention", branch)
                     self.attends[layer] = layer.attend
-                    layer.attend = functools.partial(self.attend, name)
+                    layer.attend = functools.partial(self.attend, name, k)
         return self
 
     def __exit__(self, *error):
@@ -75,7 +77,7 @@ class Watch:
 
     def before(self, transformer, inputs, named):
         x, t = inputs  # (K, [F,] C, h, w), (K,)
-        self.calls.append(dict(x=x[0].cpu(), t=t[0].item(), K=len(x), self=[], cross=[], temporal=[]))
+        self.calls.append(dict(x=x[0].cpu(), t=t[0].item(), K=len(x), cross=[]))
         if self.still:
             named = named | dict(motion_free=torch.ones_like(named["motion_free"]))
         return inputs, named
@@ -84,22 +86,31 @@ class Watch:
         prediction, _ = split_channels(output, inputs[0])
         self.calls[-1]["outputs"] = prediction.float().cpu()
 
-    def attend(self, name, q, k, v, mask=None):
+    def attend(self, name, block, q, k, v, mask=None):
         """Attention to a unit matrix gives the weights themselves."""
         unit = torch.eye(k.shape[-2], dtype=v.dtype, device=v.device)
         weights = written_out_attention(q, k, unit, mask)  # (rows, H, queries, keys)
         rows = len(q) // self.calls[-1]["K"]  # of the first pass, which has the text and the motion
         kept = weights[:rows].float().mean(1).cpu()  # (rows, queries, keys)
-        self.calls[-1][name].append(kept if name == "self" else kept.mean(0))
+        if name == "cross":
+            self.calls[-1]["cross"].append(kept[0])
+        else:
+            found = kept if name == "self" else kept.mean(0)
+            self.sums[name, block] = self.sums.get((name, block), 0) + found
         return weights @ v
+
+    def mean(self, name):
+        """The mean over the steps, of all blocks: (blocks, …), or None if no block has such a branch."""
+        found = [total / len(self.calls) for (kind, _), total in self.sums.items() if kind == name]
+        return torch.stack(found) if found else None
 
 
 class Inside:
     """All that is seen while `model`, a Pipeline, draws one prompt. prompt and sampling: as
     Pipeline.generate takes them. ValueError as there."""
 
-    def __init__(self, model, prompt, seed, sampler, steps, lambda_t, lambda_m, still=False):
-        with Watch(model.transformer, still) as watch:
+    def __init__(self, model, prompt, seed, sampler, steps, lambda_t, lambda_m):
+        with Watch(model.transformer) as watch:
             made = model.generate([prompt], seed, sampler, steps, lambda_t, lambda_m)
         calls, self.model, self.prompt = watch.calls, model, prompt
         self.clip = made.ndim == 5
@@ -108,11 +119,9 @@ class Inside:
         self.x = torch.stack([call["x"] for call in calls])  # (S, [F,] C, h, w)
         self.terms = torch.stack([self.terms_of(call, lambda_t, lambda_m) for call in calls], dim=1)
         self.x0 = self.terms.sum(0)  # (S, [F,] C, h, w)
-        self.self = torch.stack([torch.stack(call["self"]) for call in calls])  # (S, blocks, F, N, N)
-        self.temporal = self.cross = None
-        self.words = []
-        if calls[0]["temporal"]:  # (S, blocks, F, F)
-            self.temporal = torch.stack([torch.stack(call["temporal"]) for call in calls])
+        self.self = watch.mean("self")  # (blocks, F, N, N)
+        self.temporal = watch.mean("temporal")  # (blocks, F, F), or None
+        self.words, self.cross = [], None  # (S, blocks, F, N, words)
         if calls[0]["cross"]:
             self.words = [*prompt.split(), "(end)"]
             maps = [words_of_tokens(tokenizer, self.words[:-1]) for tokenizer in model.tokenizers]
@@ -200,7 +209,7 @@ def sheets(seen, patch):
     names = [f"{kind}, {t}" for kind in kinds for t in times]
     yield "terms", figures.grid(torch.cat(parts), names, len(shown))
 
-    blocks = range(seen.self.shape[1])
+    blocks = range(len(seen.self))
     if seen.cross is not None:  # (S, blocks, F, N, words)
         by_block = seen.cross[:, :, frame].mean(0)  # (blocks, N, words)
         yield "words", words(seen, by_block, [f"block {k + 1}" for k in blocks], [frame] * len(blocks))
@@ -211,14 +220,14 @@ def sheets(seen, patch):
             yield "words-by-frame", words(seen, by_frame, [f"frame {f + 1}" for f in range(F)], range(F))
 
     own = torch.nn.functional.one_hot(torch.tensor(patch), seen.self.shape[-1]).float()
-    read = [own, *seen.self[:, :, frame, patch].mean(0)]  # (N,) each: the patch, and what each block reads
+    read = [own, *seen.self[:, frame, patch]]  # (N,) each: the patch, and what each block reads
     tiles = [seen.lit(weights, weights.max(), frame) for weights in read]
     names = ["the patch", *(f"block {k + 1}" for k in blocks)]
     yield "patch", figures.grid(torch.stack(tiles), names, len(tiles))
 
     if seen.temporal is not None:
         mask = motion_free_mask(torch.tensor([True]), F, 1)[0, 0].float()
-        maps = torch.stack([*seen.temporal.mean(0), mask])  # (blocks + 1, F, F)
+        maps = torch.stack([*seen.temporal, mask])  # (blocks + 1, F, F)
         tiles = (255 * maps).to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1)
         names = [*(f"block {k + 1}" for k in blocks), "motion-free mask"]
         yield "frames", figures.grid(tiles, names, len(tiles), zoom=max(1, 96 // F))
@@ -244,7 +253,7 @@ def words(seen, weights, rows, frames):
     places = [(r, w) for r in range(len(rows)) for w in range(len(most))]
     tiles = [seen.lit(weights[r, :, w], most[w], frames[r]) for r, w in places]
     names = [f"{rows[r]}: {seen.words[w]}" for r, w in places]
-    return figures.grid(torch.stack(tiles), names, len(most))
+    return figures.grid(torch.stack(tiles), names, len(most), zoom=max(1, 128 // tiles[0].shape[-1]))
 
 
 def write(seen, patch, out):
@@ -269,25 +278,23 @@ def png(picture):
 
 
 def packed(weights):
-    """Weights of any shape → a dictionary for JSON: bytes, of which 255 is the largest weight."""
-    scaled = (weights / weights.max().clamp(min=1e-9) * 255).round().to(torch.uint8)
-    data = base64.b64encode(scaled.contiguous().numpy().tobytes()).decode()
+    """Weights of any shape → a dictionary for JSON."""
+    data = base64.b64encode(weights.float().contiguous().numpy().tobytes()).decode()
     return dict(shape=list(weights.shape), data=data)
 
 
 def described(seen):
     """All that the page shows, for JSON."""
-    frames = lambda pictures: [[png(frame) for frame in step] for step in pictures]
-    clip = (lambda part: part) if seen.clip else (lambda part: part.unsqueeze(1))
     parts = dict(words=seen.words, times=seen.times, cells=seen.cells)
     parts["result"] = [png(frame) for frame in seen.result]
     for name, latents in (("x", seen.x), ("x0", seen.x0)):
-        parts[name] = frames(to_bytes(clip(seen.decoded(latents))))
-    parts["own"] = packed(seen.self.mean(0))  # (blocks, F, N, N)
+        first = latents[:, 0] if seen.clip else latents  # frames
+        parts[name] = [png(picture) for picture in to_bytes(seen.decoded(first))]
+    parts["own"] = packed(seen.self)  # (blocks, F, N, N)
     if seen.cross is not None:
         parts["cross"] = packed(seen.cross)  # (S, blocks, F, N, words)
     if seen.temporal is not None:
-        parts["temporal"] = packed(seen.temporal.mean(0))  # (blocks, F, F)
+        parts["temporal"] = packed(seen.temporal)  # (blocks, F, F)
     return parts
 
 
@@ -330,8 +337,9 @@ def answerer(models):
         prompt = " ".join(question.prompt.split())
         found = described(Inside(model, prompt, *sampling))
         if question.kind == "clip":
-            twin = Inside(model, prompt, *sampling, still=True)
-            found["twin"] = [png(frame) for frame in twin.result]
+            with Watch(model.transformer, still=True):
+                twin = model.generate([prompt], *sampling)[0]  # (F, 3, H, W)
+            found["twin"] = [png(frame) for frame in twin]
         found["notes"] = prompt_lists.notes_on([prompt], model.config["words"], model.tokenizers)
         return found | dict(seconds=round(time.perf_counter() - start, 1))
 
@@ -344,6 +352,8 @@ def answerer(models):
 @dataclass
 class Flags:
     checkpoint: str = flag("", "a run's folder; the newest run if not given", group="model")
+    clip: str = flag("", "the folder of the published CLIP, if it has moved since the training")
+    t5: str = flag("", "the folder of the published T5, if it has moved since the training")
     video: bool = flag(False, "a video run")
     patch: str = flag("", "ROW,COLUMN of the patch in patch.png, from 0; the middle if not given")
     seed: int = flag(0, "another seed is another picture", low=0, high=SEEDS, group="sampling")
@@ -351,14 +361,14 @@ class Flags:
     steps: int = flag(16, "calls of the model", low=1, high=1000)
     lambda_t: float = flag(2.0, "guidance by text; 1: none", low=0, high=100)
     lambda_m: float = flag(1.3, "with --video: guidance by motion; 1: none", low=0, high=100)
-    out: str = flag("inside", "the folder of the pictures", group="output")
+    out: str = flag("", "the folder of the pictures; inside, with --video inside-clip", group="output")
     serve: bool = flag(False, "a page in place of pictures")
-    port: int = flag(8000, "of the page", low=0, high=65535)
+    port: int = flag(8000, "of the page", low=1024, high=65535)
     device: str = flag("auto", "auto, cpu, cuda, mps")
 
 
-def load(folder, device):
-    model = Pipeline.load(folder).to(device)
+def load(folder, flags, device):
+    model = Pipeline.load(folder, clip=flags.clip, t5=flags.t5).to(device)
     model.precision = precision_of("auto", device, model.trained_in)
     return model
 
@@ -374,18 +384,12 @@ def patch_of(text, cells):
 
 def models_to_serve(flags, device):
     """{"picture": a Pipeline, "clip": one}: of --checkpoint, or of the newest runs."""
-    if flags.checkpoint:
-        model = load(flags.checkpoint, device)
-        return {"clip" if model.transformer.config.temporal else "picture": model}
-    models = {}
-    for kind, stage in (("picture", "image"), ("clip", "video")):
-        try:
-            models[kind] = load(newest_run(stage), device)
-        except ValueError as error:
-            missing = error
-    if not models:
-        raise missing
-    return models
+    folders = [flags.checkpoint] if flags.checkpoint else []
+    for stage in ("video", "image") if not folders else ():
+        with contextlib.suppress(ValueError):
+            folders.append(newest_run(stage))
+    models = [load(folder, flags, device) for folder in folders or [newest_run()]]  # which says what to do
+    return {"clip" if model.transformer.config.temporal else "picture": model for model in models}
 
 
 def main(arguments):
@@ -393,13 +397,13 @@ def main(arguments):
     flags, given, words = read(Flags, arguments, "python inside.py", about, words="PROMPT")
     device = device_of(flags.device)
     if flags.serve:
-        if words or given - {"serve", "port", "checkpoint", "device"}:
-            raise ValueError("--serve: the page has the rest; give only --checkpoint, --port and --device")
+        if words or given - {"serve", "port", "checkpoint", "clip", "t5", "device"}:
+            raise ValueError("--serve: the page has the rest; give only flags of the model, --port, --device")
         return serve(PAGE, answerer(models_to_serve(flags, device)), flags.port)
     if len(words) != 1:
         raise ValueError('give one prompt: python inside.py "a red circle above a blue square"')
     folder = flags.checkpoint or newest_run("video" if flags.video else "image")
-    model = load(folder, device)
+    model = load(folder, flags, device)
     if flags.video != model.transformer.config.temporal:
         found, advice = ("an image", "leave out") if flags.video else ("a video", "give")
         raise ValueError(f"{folder} holds {found} model: {advice} --video")
@@ -411,8 +415,9 @@ def main(arguments):
     patch = model.transformer.config.patch
     number = patch_of(flags.patch, (h // patch, w // patch))
     sampling = flags.seed, flags.sampler, flags.steps, flags.lambda_t, flags.lambda_m
-    write(Inside(model, prompt, *sampling), number, Path(flags.out))
-    print(f"what happens inside of {folder}, {model.precision} products → {flags.out}/")
+    out = Path(flags.out or ("inside-clip" if flags.video else "inside"))
+    write(Inside(model, prompt, *sampling), number, out)
+    print(f"what happens inside of {folder}, {model.precision} products → {out}/")
 
 
 if __name__ == "__main__":

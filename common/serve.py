@@ -19,6 +19,8 @@ def server(page, answer, port):
     turn = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = 60  # seconds, for a request that never ends
+
         def do_GET(self):
             if self.knows_us():
                 found = self.path == "/"
@@ -31,13 +33,14 @@ def server(page, answer, port):
                 return
             if self.headers.get_content_type() != "application/json" or not length.isdecimal():
                 return self.reply(415, "text/plain", b"a question is JSON")
-            if int(length) > MOST_BYTES:
+            if len(length) > 7 or int(length) > MOST_BYTES:
                 return self.reply(413, "text/plain", b"this question is too long")
+            body = self.rfile.read(int(length))
             try:
                 with turn:
-                    status, found = 200, answer(asked(self.rfile.read(int(length))))
-            except ValueError as error:
-                status, found = 400, {"error": str(error)}
+                    status, found = 200, answer(asked(body))
+            except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch's, such as no memory
+                status, found = 400, {"error": " ".join(str(error).split())[:500]}
             self.reply(status, "application/json", json.dumps(found).encode())
 
         def knows_us(self):
@@ -72,7 +75,7 @@ def asked(body):
     """The dictionary of a question. ValueError if it is none."""
     try:
         question = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         question = None
     if not isinstance(question, dict):
         raise ValueError("a question is a JSON dictionary")

@@ -157,7 +157,7 @@ def write_rows(folder, rows):
 def make_emoji(out, packages=(), font="", size=64, skin_tones=False):
     """Builds the folder, and prints what it holds. packages: .tgz files. ValueError if there is nothing to
     build from, or `out` has something in it."""
-    done, out = Path(out), Path(f"{out}.part")  # it gets its name when it is whole
+    done, out = Path(out), Path(f"{Path(out)}.part")  # it gets its name when it is whole
     if done.exists() and any(done.iterdir()):
         raise ValueError(f"{done} is not empty: give a new folder, or delete it first")
     found = [path for path in ([font] if font else FONTS) if Path(path).exists()]

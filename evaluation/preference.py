@@ -4,8 +4,9 @@ side, two questions, and the shares of win, draw and lose.
     python sample.py --prompts PartiPrompts.tsv --checkpoint A --out a      and the same for another model, b
     python -m evaluation.preference a b                                     opens a page of this machine
 
-The page is blind: --seed decides which model is on the left. Keys: ← left, → right, ↓ draw, Backspace takes
-the last answer back. Each answer is written to --out at once; the same command goes on where it was stopped.
+The page is blind: --seed decides which model is on the left. It shows the prompt as the file's name has it:
+without slashes and underscores, and cut at 255 bytes. Keys: ← left, → right, ↓ draw, Backspace takes the last
+answer back. Each answer is written to --out at once; the same command goes on where it was stopped.
 Shares are given with their 95 % interval (Wilson 1927), and drawn to NAME.png beside NAME.json.
 """
 import base64
@@ -31,7 +32,7 @@ KINDS = {".png": "png", ".gif": "gif", ".webp": "webp", ".jpg": "jpeg"}
 class Flags:
     out: str = flag("preference.json", "answers and result; a picture of it lies beside")
     seed: int = flag(0, "of which model is on which side", low=0, high=SEEDS)
-    port: int = flag(8001, "of the page", low=0, high=65535)
+    port: int = flag(8001, "of the page", low=1024, high=65535)
 
 
 def samples_of(folder):
@@ -63,7 +64,7 @@ class Test:
 
     def answers_before(self):
         try:
-            before = json.loads(self.out.read_text())
+            before = json.loads(self.out.read_text(encoding="utf-8"))
             same = {name: before[name] for name in self.settings} == self.settings
             answers = before["answers"]
         except (ValueError, KeyError, TypeError):
@@ -164,6 +165,9 @@ def main(arguments):
         raise ValueError("give two folders: python -m evaluation.preference FOLDER_A FOLDER_B")
     if Path(flags.out).suffix != ".json" or not Path(flags.out).parent.is_dir():
         raise ValueError(f"--out {flags.out}: must be NAME.json in a folder that exists")
+    picture = Path(flags.out).with_suffix(".png")
+    if picture.exists() and not Path(flags.out).exists():
+        raise ValueError(f"--out {flags.out}: {picture} would be overwritten; give another name")
     test = Test(*words, flags.out, flags.seed)
     test.write()
     for question, row in test.result().items():

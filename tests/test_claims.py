@@ -2,10 +2,12 @@
 import json
 
 import pytest
+import torch
 
 import claims
 import train
 from claims import Claim
+from data import folder
 from data.moving_shapes import MovingShapes
 from data.shapes import Shapes
 
@@ -35,6 +37,65 @@ def test_a_quick_claim_runs_whole_and_not_twice(here, monkeypatch, capsys):
         claims.main(["conditioning", "--quick"])
 
 
+def test_every_claim_asks_for_its_runs_and_goes_on(here, monkeypatch):
+    """Training and scoring are stubbed; a claim that is killed half-way asks for the rest alone."""
+    asked, most = [], [5]
+
+    def trained(claim, stage, out, seed, flags, kind=claims.Pipeline):
+        asked.append((claim.name, out, flags))
+        if len(asked) > most[0]:
+            raise KeyboardInterrupt
+        return claims.Pipeline
+
+    scores = dict.fromkeys(("seen", "unseen", "motion", "identity", "frames", "diversity", "right", *claims.COLUMNS), 0.5)
+    scores |= {f"step {step}": 0.5 for step in claims.STARTS}
+    monkeypatch.setattr(Claim, "train", trained)
+    monkeypatch.setattr(Claim, "autoencoder", lambda claim: None)
+    monkeypatch.setattr(Claim, "samples", lambda *parts: None)
+    monkeypatch.setattr(claims, "pretrained", lambda claim, name, seed: f"{name}-{seed}")
+    monkeypatch.setattr(claims, "frames_while_training", lambda claim, out, seed: trained(claim, 0, out, seed, "") and scores)
+    for score in ("of_image", "of_clips", "of_guidance", "of_classes"):
+        monkeypatch.setattr(claims, score, lambda *parts, **more: scores)
+    for name in claims.CLAIMS:
+        asked.clear()
+        most[0] = 5
+        with pytest.raises(KeyboardInterrupt):
+            claims.main([name, "--out", "out"])
+        most[0] = 1000
+        before = asked[:5]
+        claims.main([name, "--out", "out"])
+        lines = [json.loads(line) for line in (here / "out" / f"{name}.jsonl").read_text().splitlines()]
+        runs = {(line["row"], line["seed"]) for line in lines}
+        assert len(runs) == len(lines) == len(asked) - 1 and {seed for _, seed in runs} == {0, 1, 2}
+        assert before == asked[:5] and (here / "out" / f"{name}.md").read_text().count("0.50 ± 0.00") >= len(runs) / 3
+
+
+def test_labels_share_the_autoencoder_of_all_shapes_and_differ_by_seed(here, monkeypatch):
+    made = []
+    monkeypatch.setattr(Claim, "autoencoder", lambda claim: made.append(type(folder.load("shapes", 32))))
+    monkeypatch.setattr(Claim, "train", lambda *parts: made.append(type(folder.load("shapes", 32, 0))))
+    monkeypatch.setattr(claims, "of_classes", lambda model, count: dict(right=1.0))
+    claims.main(["labels", "--out", "out", "--seeds", "1"])
+    assert made[0] is Shapes and made[1:] == [claims.OneThing] * 3
+    seeds = []
+    generator = lambda model, seed: seeds.append(seed) or (lambda names: torch.zeros(len(names), 3, 64, 64, dtype=torch.uint8))
+    monkeypatch.undo()
+    monkeypatch.setattr(claims, "generator", generator)
+    claims.of_classes(None, 3)
+    assert seeds == [0, 1, 2]
+
+
+def test_a_deleted_line_is_trained_again(here):
+    claim, calls = Claim("joint", here / "out", 1, False), []
+    out = claim.folder_of("a", 0)
+    out.mkdir(parents=True)
+    (out / "run.json").write_text('{"finished": 5}')
+    claim.run("a", 0, lambda: calls.append(out.exists()) or dict(motion=1.0), "--steps 5")
+    assert calls == [False]
+    with pytest.raises(ValueError, match="a, seed 0 had other flags; delete its line"):
+        claim.run("a", 0, lambda: {}, "--steps 6")
+
+
 def test_means_and_verdicts_by_hand(here):
     claim = Claim("joint", here, 3, False)
     values = {"a": (0.5, 0.7, 0.6), "b": (0.1, 0.2, 0.3), "c": (0.5, 0.6, 0.55), "d": ()}
@@ -42,15 +103,15 @@ def test_means_and_verdicts_by_hand(here):
         for seed, score in enumerate(scores):
             claim.run(row, seed, lambda: dict(motion=score))
     claim.run("a", 0, lambda: pytest.fail("run again"))
-    assert claim.table(["a", "d"], ["motion"]).splitlines()[2:] == ["| a | 0.60 ± 0.08 |", "| d | – |"]
-    assert claim.higher("motion", "a", "b").endswith("0.20 ± 0.08: higher, intervals apart.")
+    assert claim.table(["a", "d"], ["motion"]).splitlines()[2:] == ["| a | 0.60 ± 0.10 |", "| d | – |"]
+    assert claim.higher("motion", "a", "b").endswith("0.20 ± 0.10: higher, intervals apart.")
     assert claim.higher("motion", "a", "c").endswith("higher, but the intervals overlap.")
     assert claim.higher("motion", "b", "a").endswith("not higher.") and claim.higher("motion", "a", "d") == "Not run yet."
 
 
 def test_mistakes(here):
     for words, message in (([], "name a claim; there are conditioning"), (["conditionin"], "conditionin: no claim; there are"),
-                           (["all", "--seeds", "0"], "--seeds 0")):
+                           (["all", "--seeds", "0"], "--seeds 0"), (["all", "--quick", "--out", "x"], "--out: runs of --quick")):
         with pytest.raises(ValueError, match=message):
             claims.main(words)
     assert not list(here.iterdir())

@@ -35,7 +35,7 @@ def test_watching_changes_nothing(picture, clip):
         assert (seen.result.int() - plain.view_as(seen.result).int()).abs().max() <= 1
         layers = [module.attend for module in model.modules() if hasattr(module, "attend")]
         assert not any("partial" in str(layer) for layer in layers) and not model.transformer._forward_hooks
-        assert len(seen.times) == 3 and seen.self.shape[:2] == (3, 2)
+        assert len(seen.times) == 3 and len(seen.self) == 2 and seen.cross.shape[:2] == (3, 2)
 
 
 def test_the_terms_of_guidance_add_up_to_what_the_sampler_used(picture, clip):
@@ -69,8 +69,9 @@ def test_weights_by_hand(picture, clip):
 
 
 def test_a_motion_free_twin(clip):
-    still = Inside(clip, PROMPT, 0, "sde", 2, 2.0, 1.5, still=True)
-    assert torch.equal(still.temporal, torch.eye(3).expand_as(still.temporal))
+    with Watch(clip.transformer, still=True) as watch:
+        clip.generate([PROMPT], 0, "sde", 3, 2.0, 1.5)
+    assert torch.equal(watch.mean("temporal"), torch.eye(3).expand(2, 3, 3))
     x = torch.randn(1, 3, 4, 4, 4)
     text, mask = clip.encode_text(clip.tokenize([PROMPT]))
     free = lambda value: dict(text=text, text_mask=mask, motion_free=torch.tensor([value]))
@@ -98,10 +99,10 @@ def test_the_command(tmp_path, monkeypatch, picture, clip):
     common = {"steps", "terms", "words", "words-by-step", "patch", "schedule", "positions"}
     inside.main([PROMPT, "--steps", "3", "--patch", "0,1"])
     assert {path.name for path in (tmp_path / "inside").iterdir()} == {f"{name}.png" for name in (*common, "result")}
-    inside.main(["--video", PROMPT, "--steps", "3", "--out", "moving"])
+    inside.main(["--video", PROMPT, "--steps", "3"])
     expected = {f"{name}.png" for name in (*common, "frames", "words-by-frame")} | {"result.gif"}
-    assert {path.name for path in (tmp_path / "moving").iterdir()} == expected
-    with Image.open(tmp_path / "moving" / "result.gif") as image:
+    assert {path.name for path in (tmp_path / "inside-clip").iterdir()} == expected
+    with Image.open(tmp_path / "inside-clip" / "result.gif") as image:
         assert image.size[0] >= 96
     for words, message in (
         ([], "give one prompt"), (["a", "b"], "give one prompt"), ([PROMPT, "--patch", "2,0"], "--patch 2,0: must be ROW,COLUMN, below 2 and 2"),
@@ -138,14 +139,15 @@ def test_the_page_answers_only_to_its_own_name(page):
         assert page("GET", host=host)[0] == page(question={"hello": True}, host=host)[0] == 403
     assert page("GET", path="/etc/passwd")[0] == 404
     assert page(question={"hello": True}, kind="text/plain")[0] == 415
+    assert page(question=dict(prompt="a" * 2_000_000))[0] == 413
     assert json.loads(page(question={"hello": True})[1]) == dict(kinds=["picture", "clip"], samplers=["ddpm", "ddim", "dpm", "sde"])
 
 
 def test_the_page_draws(page):
-    status, text = page(question=dict(kind="clip", prompt=f" {PROMPT} zebra", steps=2, lambda_m=1.5))
+    status, text = page(question=dict(kind="clip", prompt=f" {PROMPT} zebra", steps=5, lambda_m=1.5))
     found = json.loads(text)
-    assert status == 200 and len(found["result"]) == len(found["twin"]) == 3 and len(found["times"]) == 2
-    assert found["cross"]["shape"] == [2, 2, 3, 4, 9] and found["temporal"]["shape"] == [2, 3, 3]
+    assert status == 200 and len(found["result"]) == len(found["twin"]) == 3 and len(found["times"]) == len(found["x0"]) == 5
+    assert found["cross"]["shape"] == [5, 2, 3, 4, 9] and found["temporal"]["shape"] == [2, 3, 3]
     assert "zebra" in found["notes"][0] and found["words"][-2:] == ["zebra", "(end)"]
     status, text = page(question=dict(kind="picture", prompt=PROMPT, steps=2))
     assert status == 200 and json.loads(text)["own"]["shape"] == [2, 1, 4, 4] and "twin" not in json.loads(text)
@@ -165,10 +167,16 @@ def test_a_bad_value_gets_one_line(page, question, line):
 
 
 def test_several_tabs_wait_their_turn(page):
-    found, ask = [], lambda seed: found.append(page(question=dict(prompt=PROMPT, steps=2, seed=seed)))
+    one = lambda seed: json.loads(page(question=dict(prompt=PROMPT, steps=2, seed=seed))[1])["result"]
+    alone = [one(seed) for seed in range(4)]
+    found = {}
+
+    def ask(seed):
+        found[seed] = one(seed)
+
     tabs = [threading.Thread(target=ask, args=[seed]) for seed in range(4)]
     for tab in tabs:
         tab.start()
     for tab in tabs:
         tab.join()
-    assert [status for status, _ in found] == [200] * 4 and len({text for _, text in found}) == 4
+    assert [found[seed] for seed in range(4)] == alone and len({str(result) for result in alone}) == 4

@@ -84,6 +84,6 @@ def test_mistakes(folders):
 
 def test_the_command(folders, monkeypatch, capsys):
     monkeypatch.setattr(preference, "serve", lambda page, answer, port: print(page.read_text()[:15], answer({})["number"], port))
-    preference.main(["a", "b", "--port", "0"])
+    preference.main(["a", "b", "--port", "8002"])
     said = capsys.readouterr().out
-    assert "quality: 0 of 6 answers" in said and "<!doctype html> 1 0" in said
+    assert "quality: 0 of 6 answers" in said and "<!doctype html> 1 8002" in said
