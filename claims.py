@@ -84,7 +84,7 @@ class Claim:
 
     def train(self, stage, out, seed, flags, kind=Pipeline):
         """Trains, or goes on where it was stopped → the Pipeline, of this kind. flags: a string."""
-        words = [stage, *flags.split(), "--seed", str(seed), "--out", str(out), "--sample-every", "-1"]
+        words = [stage, "--sample-every", "-1", *flags.split(), "--seed", str(seed), "--out", str(out)]
         if stage == "image":
             words += ["--autoencoder", str(self.autoencoder())]
         if stage == "video":
@@ -294,26 +294,25 @@ def scale(claim):
         claim.page(claim.table(rows, ["seen", "unseen"]), verdicts, claim.samples(rows, SHOWN))
 
 
-STARTS = (1, 20, 50, 100)  # steps of video training after which frames are judged
+STARTS = (0, 25, 50, 75, 100)  # steps of video training after which frames are judged
 
 
 def zero_start(claim):
     """Temporal attention whose output starts at zero keeps the image model as it is; training begins from its
     pictures (section 3.3).
 
-    Scores of single frames after the first steps of video training, when the output projections start at zero
-    or at random values."""
-    rows = ("zero start", "random start")
+    Scores of single frames, 5 clips a column, over the first steps of video training, when the output
+    projections start at zero or at random values."""
+    rows = {"zero start": {}, "random start": dict(new_video_model=at_random(models.new_video_model))}
     for seed in claim.seeds:
-        for row in rows:
-            new = dict(new_video_model=at_random(models.new_video_model)) if row == "random start" else {}
-            out = claim.folder_of(row, seed)
-            with changed(models, **new):
-                claim.run(row, seed, lambda: frames_while_training(claim, out, seed))
-    verdicts = [claim.higher(f"step {step}", *rows) for step in STARTS]
-    points = {row: (STARTS, [claim.mean(row, f"step {step}") for step in STARTS]) for row in rows}
+        for row, changes in rows.items():
+            with changed(models, **changes):
+                claim.run(row, seed, lambda: frames_while_training(claim, claim.folder_of(row, seed), seed))
+    columns = [f"step {step}" for step in STARTS]
+    verdicts = [claim.higher(column, *rows) for column in columns]
+    points = {row: (STARTS, [claim.mean(row, column) for column in columns]) for row in rows}
     picture = figures.curves(points, "score of frames over steps of video training", logarithmic=False)
-    claim.page(claim.table(rows, [f"step {step}" for step in STARTS]), verdicts, picture)
+    claim.page(claim.table(rows, columns), verdicts, picture)
 
 
 def at_random(new_video_model):
@@ -330,17 +329,29 @@ def at_random(new_video_model):
 
 
 def frames_while_training(claim, out, seed):
-    """{"step 1": score of frames, …}"""
-    shutil.rmtree(out, ignore_errors=True)  # a run of more steps cannot go back
-    scores, count = {}, claim.count(5)
+    """{"step 0": score of frames, …}, of the averaged weights. Training is asked for previews, and a score is
+    taken in the place of each."""
+    scores, count, fit = [], claim.count(5), train.fit
     asked = [(column, prompt) for column in COLUMNS for prompt in moving_prompts(column, count)]
-    for step in STARTS:
-        flags = f"--steps {step} --cooldown 0 --frame-curriculum 0,0,0"
-        clips = generator(claim.train("video", out, seed, flags))([prompt.text for _, prompt in asked])
+
+    def judged(model):
+        clips = generator(model)([prompt.text for _, prompt in asked])
         pairs = list(zip(clips.permute(0, 1, 3, 4, 2).numpy(), asked))
-        judged = [judge(look(frame), prompt, column) for clip, (column, prompt) in pairs for frame in clip]
-        scores[f"step {step}"] = float(np.mean(judged))
-    return scores
+        points = [judge(look(frame), prompt, column) for clip, (column, prompt) in pairs for frame in clip]
+        scores.append(float(np.mean(points)))
+        return figures.sheet(clips[:1], [asked[0][1].text])
+
+    def fit_and_judge(flags, model, outline, hashes, read, batch_loss, preview, save):
+        judged(model.eval())
+        fit(flags, model.train(), outline, hashes, read, batch_loss, lambda: judged(model), save)
+
+    flags = f"--steps {STARTS[-1]} --sample-every {1 if claim.quick else STARTS[1]}"
+    shutil.rmtree(out, ignore_errors=True)  # it begins with step 0
+    claim.image_model()  # which trains by the real `fit`
+    with changed(train, fit=fit_and_judge):
+        claim.train("video", out, seed, f"{flags} --cooldown 0 --frame-curriculum 0,0,0")
+    of_ema = [scores[0], *scores[1::2]]  # each second one is of the last weights
+    return {f"step {step}": score for step, score in zip(STARTS, of_ema)}
 
 
 SHORT_VIDEO = "--steps 400 --cooldown 0.4 --frame-curriculum 40,40,200 --p-motion-free 0.25"

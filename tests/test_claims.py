@@ -53,7 +53,8 @@ def test_every_claim_asks_for_its_runs_and_goes_on(here, monkeypatch):
     monkeypatch.setattr(Claim, "autoencoder", lambda claim: None)
     monkeypatch.setattr(Claim, "samples", lambda *parts: None)
     monkeypatch.setattr(claims, "pretrained", lambda claim, name, seed: f"{name}-{seed}")
-    monkeypatch.setattr(claims, "frames_while_training", lambda claim, out, seed: trained(claim, 0, out, seed, "") and scores)
+    stub = lambda claim, out, seed: trained(claim, 0, out, seed, "") and scores
+    monkeypatch.setattr(claims, "frames_while_training", stub)
     for score in ("of_image", "of_clips", "of_guidance", "of_classes"):
         monkeypatch.setattr(claims, score, lambda *parts, **more: scores)
     for name in claims.CLAIMS:
