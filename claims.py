@@ -39,6 +39,7 @@ from evaluation.judge import judge, look
 from evaluation.prompts import COLUMNS, moving_prompts
 from sample import Pipeline
 from training import models
+from training.run_folder import finished
 from training.text_pretraining import pretrain_clip, pretrain_t5
 
 RUNS = Path("runs/claims")
@@ -56,9 +57,15 @@ class Claim:
         self.path, self.runs = self.folder / f"{name}.jsonl", RUNS / ("quick" if quick else "") / name
 
     def lines(self):
-        """The dictionaries of all runs that are done."""
+        """The dictionaries of all runs that are done. ValueError, naming the file, for a damaged line."""
         text = self.path.read_text() if self.path.exists() else ""
-        return [json.loads(line) for line in text.splitlines()]
+        try:
+            found = [json.loads(line) for line in text.splitlines()]
+        except ValueError:
+            found = [{}]
+        if not all({"row", "seed", "flags", "scores", "seconds", "machine"} <= line.keys() for line in found):
+            raise ValueError(f"{self.path} has a line that is not of this command: delete that line")
+        return found
 
     def run(self, row, seed, job, flags=""):
         """Does one run of a row of the table, unless it is done. job() → {score: number}. flags: those of its
@@ -185,12 +192,6 @@ class Claim:
 def changed(place, **parts):
     """with changed(module or class, name=value, …): … these names mean something else meanwhile."""
     return mock.patch.multiple(place, **parts) if parts else contextlib.nullcontext()
-
-
-def finished(out):
-    """Whether the folder of a run holds one that was trained to its end."""
-    path = Path(out) / "run.json"
-    return path.exists() and bool(json.loads(path.read_text())["finished"])
 
 
 def spread(values):

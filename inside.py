@@ -119,7 +119,7 @@ class Inside:
         self.x = torch.stack([call["x"] for call in calls])  # (S, [F,] C, h, w)
         self.terms = torch.stack([self.terms_of(call, lambda_t, lambda_m) for call in calls], dim=1)
         self.x0 = self.terms.sum(0)  # (S, [F,] C, h, w)
-        self.self = watch.mean("self")  # (blocks, F, N, N)
+        self.own = watch.mean("self")  # self-attention (blocks, F, N, N)
         self.temporal = watch.mean("temporal")  # (blocks, F, F), or None
         self.words, self.cross = [], None  # (S, blocks, F, N, words)
         if calls[0]["cross"]:
@@ -144,8 +144,8 @@ class Inside:
         """Cross-attention (F·N, L + M) of each block → (blocks, F, N, words): weights of a word's tokens
         added, those of the null text left out. maps: (L, words) of each encoder."""
         found = []
-        for weights, own in zip(blocks, itertools.cycle(maps)):  # the encoders take turns
-            found.append(weights[:, : len(own)] @ own)  # (F·N, words)
+        for weights, tokens in zip(blocks, itertools.cycle(maps)):  # the encoders take turns
+            found.append(weights[:, : len(tokens)] @ tokens)  # (F·N, words)
         return torch.stack(found).unflatten(1, (len(self.result), -1))
 
     @property
@@ -209,7 +209,7 @@ def sheets(seen, patch):
     names = [f"{kind}, {t}" for kind in kinds for t in times]
     yield "terms", figures.grid(torch.cat(parts), names, len(shown))
 
-    blocks = range(len(seen.self))
+    blocks = range(len(seen.own))
     if seen.cross is not None:  # (S, blocks, F, N, words)
         by_block = seen.cross[:, :, frame].mean(0)  # (blocks, N, words)
         yield "words", words(seen, by_block, [f"block {k + 1}" for k in blocks], [frame] * len(blocks))
@@ -219,8 +219,8 @@ def sheets(seen, patch):
             by_frame = seen.cross.mean((0, 1))  # (F, N, words)
             yield "words-by-frame", words(seen, by_frame, [f"frame {f + 1}" for f in range(F)], range(F))
 
-    own = torch.nn.functional.one_hot(torch.tensor(patch), seen.self.shape[-1]).float()
-    read = [own, *seen.self[:, frame, patch]]  # (N,) each: the patch, and what each block reads
+    chosen = torch.nn.functional.one_hot(torch.tensor(patch), seen.own.shape[-1]).float()  # (N,)
+    read = [chosen, *seen.own[:, frame, patch]]  # (N,) each: the patch, and what each block reads
     tiles = [seen.lit(weights, weights.max(), frame) for weights in read]
     names = ["the patch", *(f"block {k + 1}" for k in blocks)]
     yield "patch", figures.grid(torch.stack(tiles), names, len(tiles))
@@ -290,7 +290,7 @@ def described(seen):
     for name, latents in (("x", seen.x), ("x0", seen.x0)):
         first = latents[:, 0] if seen.clip else latents  # frames
         parts[name] = [png(picture) for picture in to_bytes(seen.decoded(first))]
-    parts["own"] = packed(seen.self)  # (blocks, F, N, N)
+    parts["own"] = packed(seen.own)  # (blocks, F, N, N)
     if seen.cross is not None:
         parts["cross"] = packed(seen.cross)  # (S, blocks, F, N, words)
     if seen.temporal is not None:

@@ -66,7 +66,7 @@ class Test:
         try:
             before = json.loads(self.out.read_text(encoding="utf-8"))
             same = {name: before[name] for name in self.settings} == self.settings
-            answers = before["answers"]
+            answers = dict(before["answers"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"--out {self.out}: no result of this command; give another file") from None
         if not same:

@@ -97,6 +97,13 @@ def test_a_deleted_line_is_trained_again(here):
         claim.run("a", 0, lambda: {}, "--steps 6")
 
 
+def test_a_damaged_line_is_named(here):
+    for text in ('{"row": "a"', '{"row": "a", "seed": 0}'):
+        (here / "joint.jsonl").write_text(text + "\n")
+        with pytest.raises(ValueError, match="joint.jsonl has a line that is not of this command"):
+            Claim("joint", here, 3, False).lines()
+
+
 def test_means_and_verdicts_by_hand(here):
     claim = Claim("joint", here, 3, False)
     values = {"a": (0.5, 0.7, 0.6), "b": (0.1, 0.2, 0.3), "c": (0.5, 0.6, 0.55), "d": ()}

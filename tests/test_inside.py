@@ -35,7 +35,7 @@ def test_watching_changes_nothing(picture, clip):
         assert (seen.result.int() - plain.view_as(seen.result).int()).abs().max() <= 1
         layers = [module.attend for module in model.modules() if hasattr(module, "attend")]
         assert not any("partial" in str(layer) for layer in layers) and not model.transformer._forward_hooks
-        assert len(seen.times) == 3 and len(seen.self) == 2 and seen.cross.shape[:2] == (3, 2)
+        assert len(seen.times) == 3 and len(seen.own) == 2 and seen.cross.shape[:2] == (3, 2)
 
 
 def test_the_terms_of_guidance_add_up_to_what_the_sampler_used(picture, clip):
@@ -49,7 +49,7 @@ def test_the_terms_of_guidance_add_up_to_what_the_sampler_used(picture, clip):
 def test_weights_by_hand(picture, clip):
     for model in (picture, clip):
         seen = Inside(model, PROMPT, 0, "sde", 2, 2.0, 1.5)
-        for weights in (seen.self, seen.temporal if seen.clip else seen.self):
+        for weights in (seen.own, seen.temporal if seen.clip else seen.own):
             assert torch.allclose(weights.sum(-1), torch.tensor(1.0), atol=rounding(weights, weights.shape[-1]))
         assert torch.allclose(seen.cross.sum(-1), torch.tensor(1.0), atol=1e-5)  # the null text is never read
         layers = [block.cross_attention.attention.q for block in model.transformer.blocks]
@@ -79,6 +79,29 @@ def test_a_motion_free_twin(clip):
         expected = clip.transformer(x, torch.tensor([500]), **free(True))
         with Watch(clip.transformer, still=True):
             assert torch.equal(clip.transformer(x, torch.tensor([500]), **free(False)), expected)
+
+
+def test_sheets_show_the_weights(clip):
+    seen = Inside(clip, PROMPT, 0, "ddim", 3, 2.0, 1.5)
+    seen.result = torch.full_like(seen.result, 200)
+    weights = torch.zeros(2, 4, 2)  # two rows, four patches, two words
+    weights[0, 1, 0], weights[1, 2, 0], weights[1, 3, 1] = 0.25, 0.5, 0.1
+    words, seen.words = seen.words, ["a", "red"]
+    light = lambda share: 200 * (0.15 + 0.85 * share)
+    sheet = inside.words(seen, weights, ["first", "second"], [0, 0]).convert("L")
+    width, height = (sheet.size[0] - 4) // 2, (sheet.size[1] - 4) // 2
+    tile = lambda row, word, patch: sheet.getpixel((8 + word * width + patch % 2 * 64, 8 + row * height + patch // 2 * 64))
+    expected = {(0, 0, 1): 0.5, (1, 0, 2): 1, (1, 1, 3): 1, (0, 0, 0): 0, (0, 1, 3): 0, (1, 0, 1): 0}
+    assert all(abs(tile(*place) - light(share)) <= 1 for place, share in expected.items())
+    seen.words = words
+    shown = dict(inside.sheets(seen, patch=2))
+    chosen = shown["patch"].convert("L")  # the first tile: the patch itself
+    assert abs(chosen.getpixel((8, 4 + 2 * 32 - 8)) - 200) <= 1 and abs(chosen.getpixel((4 + 2 * 32 - 8, 8)) - 30) <= 1
+    F, zoom = 3, 32
+    mask = [[shown["frames"].getpixel((4 + 2 * (F * zoom + 4) + j * zoom + 9, 4 + i * zoom + 9))[0] for j in range(F)] for i in range(F)]
+    assert mask == [[255 * (i == j) for j in range(F)] for i in range(F)]
+    first = [[shown["frames"].getpixel((4 + j * zoom + 9, 4 + i * zoom + 9))[0] for j in range(F)] for i in range(F)]
+    assert (torch.tensor(first) - 255 * seen.temporal[0]).abs().max() <= 1
 
 
 def test_words_of_tokens(byte_pairs):
@@ -120,9 +143,9 @@ def page(picture, clip):
     with server(inside.PAGE, inside.answerer(models), 0) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
 
-        def send(method="POST", question=None, path="/", kind="application/json", host=None):
+        def send(method="POST", question=None, path="/", kind="application/json", host=None, **headers):
             connection = http.client.HTTPConnection("127.0.0.1", running.server_port, timeout=60)
-            headers = {"Content-Type": kind, "Host": host or f"127.0.0.1:{running.server_port}"}
+            headers = {"Content-Type": kind, "Host": host or f"127.0.0.1:{running.server_port}"} | headers
             body = question if isinstance(question, str) else json.dumps(question)
             connection.request(method, path, body if method == "POST" else None, headers)
             reply = connection.getresponse()
@@ -139,7 +162,9 @@ def test_the_page_answers_only_to_its_own_name(page):
         assert page("GET", host=host)[0] == page(question={"hello": True}, host=host)[0] == 403
     assert page("GET", path="/etc/passwd")[0] == 404
     assert page(question={"hello": True}, kind="text/plain")[0] == 415
-    assert page(question=dict(prompt="a" * 2_000_000))[0] == 413
+    for length in ("2000000", "9" * 5000):
+        assert page(question={}, **{"Content-Length": length})[0] == 413
+    assert page(question={}, **{"Content-Length": "-1"})[0] == 415
     assert json.loads(page(question={"hello": True})[1]) == dict(kinds=["picture", "clip"], samplers=["ddpm", "ddim", "dpm", "sde"])
 
 

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from training import checkpoints, distributed
@@ -25,20 +26,20 @@ def claimed(out, resume, overwrite):
     --resume nor --overwrite was given."""
     out, path = Path(out), Path(out) / "run.json"
     if distributed.rank() > 0:  # rank 0 decides for all
-        yield *distributed.gathered([])[0], lambda steps: None
+        decision = distributed.gathered([])[0]
+        if decision is None:
+            sys.exit(1)  # rank 0 says why
+        yield *decision, lambda steps: None
         return
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     before = {entry.name for entry in out.iterdir()}
     with open(path, "a+") as file:
+        with refusal_told():
+            lock(out, file)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out {out}: another command is training there") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            start, resume, finished = decide(out, file, resume, overwrite)
+            with refusal_told():
+                start, resume, finished = decide(out, file, resume, overwrite)
             write(file, start, finished)
             distributed.gathered([(resume, finished)])
             yield resume, finished, lambda steps: write(file, start, steps)
@@ -54,11 +55,29 @@ def claimed(out, resume, overwrite):
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
+@contextlib.contextmanager
+def refusal_told():
+    """A ValueError of rank 0 is told to the other ranks, which wait for its decision."""
+    try:
+        yield
+    except ValueError:
+        distributed.gathered([None])
+        raise
+
+
+def lock(out, file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out}: another command is training there") from None
+    except OSError:  # a file system without locks
+        pass
+
+
 def decide(out, file, resume, overwrite):
     """Which start of torchrun this is; whether to go on; at how many steps the run was finished, or 0."""
     file.seek(0)
-    text = file.read()
-    before = json.loads(text) if text.endswith("}") else {}  # a process may die while it writes
+    before = contents(file.read())
     # torchrun outlives its workers: only a run of its own has the same start in the file
     start = f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
     own = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and before.get("start") == start
@@ -87,6 +106,11 @@ def delete_run(out):
             path.unlink()
 
 
+def contents(text):
+    """The dictionary of a run.json; an empty one if a process died while it wrote."""
+    return json.loads(text) if text.endswith("}") else {}
+
+
 def write(file, start, finished):
     file.seek(0)
     file.truncate()
@@ -94,10 +118,15 @@ def write(file, start, finished):
     file.flush()
 
 
+def finished(out):
+    """How many steps the run in a folder had when it was finished; 0: it was not, or there is none."""
+    path = Path(out) / "run.json"
+    return contents(path.read_text()).get("finished", 0) if path.exists() else 0
+
+
 def unfinished(out, flags):
     """Whether a run with the same flags was stopped in this folder."""
-    path = Path(out) / "run.json"
-    if not path.exists() or json.loads(path.read_text()).get("finished") or not checkpoints.folders(out):
+    if finished(out) or not checkpoints.folders(out):
         return False
     try:
         checkpoints.check_flags(out, vars(flags))

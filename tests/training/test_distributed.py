@@ -169,9 +169,16 @@ def test_a_process_that_dies_ends_the_run(folder, tmp_path):
 def test_a_batch_that_cannot_be_shared_out_is_named(folder, tmp_path):
     assert "--batch-size 9: not a multiple of 2 processes" in run(folder, tmp_path, 2, "--batch-size", "9", code=1)
     assert "the autoencoder trains in one process" in subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "autoencoder"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "autoencoder",
+         "--out", str(tmp_path / "ae")],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     ).stderr  # fmt: skip
+
+
+def test_a_refused_folder_is_one_line_of_rank_0(folder, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    text = run(folder, tmp_path, 2, code=1)
+    assert text.count("holds a run: --resume goes on with it") == 1 and "[rank1]: Traceback" not in text
 
 
 def here(folder, out, *flags):
