@@ -12,6 +12,7 @@ All share the autoencoder of `make demo`, and claims about clips start from its 
 first if there are none.
 """
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -35,6 +36,7 @@ from diffusion import Diffusion
 from dit import SIZES, ModelConfig, initialise
 from encoders import autoencoders
 from evaluate import composition, motion
+from evaluation.dry_run import training_step
 from evaluation.judge import judge, look
 from evaluation.prompts import COLUMNS, moving_prompts
 from sample import Pipeline
@@ -127,7 +129,7 @@ class Claim:
         for seed in self.seeds:
             for row, flags in rows.items():
                 out = self.folder_of(row, seed)
-                job = lambda: of_image(self.train("image", out, seed, flags), prompts)
+                job = lambda: of_image(self.train("image", out, seed, flags), prompts, out)
                 self.run(row, seed, job, flags)
 
     def count(self, prompts):
@@ -178,13 +180,13 @@ class Claim:
         (self.folder / f"{self.name}.md").write_text(text + "\n", encoding="utf-8")
         print(f"\n{table}\n\n" + "\n".join(verdicts) + f"\n→ {self.folder / self.name}.md")
 
-    def samples(self, rows, prompts):
-        """A row of pictures or clips for each row of the table, by its model of seed 0; None if one is not on
-        this disk."""
+    def samples(self, rows, prompts, kinds=itertools.repeat(Pipeline)):
+        """A row of pictures or clips for each row of the table, by its model of seed 0, of these kinds; None
+        if one is not on this disk."""
         folders = [self.folder_of(row, 0) for row in rows]
         if not all((folder / "model.safetensors").exists() for folder in folders):
             return None
-        made = torch.cat([load(folder).generate(prompts) for folder in folders])
+        made = torch.cat([load(*found).generate(prompts) for found in zip(folders, kinds)])
         names = [f"{row}: {prompt}" for row in rows for prompt in prompts]
         return figures.sheet(made, names) if made.ndim == 5 else figures.grid(made, names, len(prompts))
 
@@ -218,11 +220,14 @@ def generator(model, **guidance):
     return generate
 
 
-def of_image(model, prompts):
-    """{column: share, …, "seen", "unseen"} of an image model, by evaluate.py's judge."""
+def of_image(model, prompts, run):
+    """{column: share, …, "seen", "unseen", "loss"} of an image model: evaluate.py's scores, and the loss in
+    the last line of its run's log."""
     scores = composition(generator(model), prompts)
     columns = {column: score for column, score in scores["seen"].items() if column != "mean"}
-    return columns | dict(seen=scores["seen"]["mean"], unseen=scores["unseen"]["mean"])
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    loss = [line["loss"] for line in lines if "loss" in line][-1]
+    return columns | dict(seen=scores["seen"]["mean"], unseen=scores["unseen"]["mean"], loss=loss)
 
 
 def of_clips(model, prompts, **guidance):
@@ -258,7 +263,7 @@ def encoders(claim):
             def job():
                 texts = [f"--{name} {pretrained(claim, name, seed)}" for name in names]
                 flags, out = " ".join(["--steps 400", *texts]), claim.folder_of(row, seed)
-                return of_image(claim.train("image", out, seed, flags), claim.count(50))
+                return of_image(claim.train("image", out, seed, flags), claim.count(50), out)
 
             claim.run(row, seed, job)
     verdicts = [claim.higher("seen", *pair) for pair in (("T5", "CLIP"), ("both in turn", "T5"))]
@@ -281,18 +286,39 @@ def pretrained(claim, name, seed):
 def scale(claim):
     """A deeper, wider model is better: G/2 has a mean of 50.0 on T2I-CompBench, XL/2 49.1 (section 4.2).
 
-    Depth × width, at equal steps; and depth, width and MLP width each changed alone. Scores of evaluate.py,
-    50 prompts a column."""
+    Depth × width, after 200 steps and after equal FLOPs; and depth, width and MLP width each changed alone.
+    FLOPs are the transformer's. The loss is the mean of the last 10 steps; scores of evaluate.py, 50 prompts
+    a column."""
+    mini = SIZES["mini"]
     sizes = {"3×96": dict(depth=3, width=96), "4×128": dict(depth=4, width=128), "6×192": {},
-             "8×256": dict(depth=8, width=256), "2×192, less depth": dict(depth=2),
-             "6×96, less width": dict(width=96), "6×192, MLP width 192": dict(mlp_ratio=1)}
+             "8×256": dict(depth=8, width=256)}
+    alone = {"2×192, less depth": dict(depth=2), "6×96, less width": dict(width=96),
+             "6×192, MLP width 192": dict(mlp_ratio=1)}
     name = lambda size: "mini" + "".join(f"-{key}-{value}" for key, value in size.items())
-    with mock.patch.dict(SIZES, {name(size): SIZES["mini"] | size for size in sizes.values()}):
-        rows = {row: f"--size {name(size)} --recipe demo --steps 300" for row, size in sizes.items()}
+    with mock.patch.dict(SIZES, {name(size): mini | size for size in (sizes | alone).values()}):
+        work = {row: step_work(name(size)) for row, size in sizes.items()}  # TFLOP of a step
+        steps = {row: 200 for row in sizes | alone}
+        steps |= {f"{row}, equal FLOPs": 10 * round(20 * work["4×128"] / work[row]) for row in sizes}
+        del steps["4×128, equal FLOPs"]  # it has 200 steps
+        size_of = lambda row: (sizes | alone)[row.removesuffix(", equal FLOPs")]
+        rows = {row: f"--size {name(size_of(row))} --recipe demo --log-every 10 --steps {count}"
+                for row, count in steps.items()}
         claim.images(rows)
-        verdicts = [claim.higher("seen", "8×256", "6×192")]
-        verdicts += [claim.higher("seen", "6×192", row) for row in rows if row not in ("6×192", "8×256")]
-        claim.page(claim.table(rows, ["seen", "unseen"]), verdicts, claim.samples(rows, SHOWN))
+        picture = claim.samples(rows, SHOWN)
+    logs = np.log10([200 * work[row] for row in sizes])
+    verdicts = ["TFLOP of 200 steps: " + ", ".join(f"{row} {200 * work[row]:.2g}" for row in sizes)]
+    for score in ("loss", "seen"):
+        slope, level = np.polyfit(logs, [claim.mean(row, score) for row in sizes], 1)
+        verdicts.append(f"{score} after 200 steps = {level:.3f} {slope:+.3f} · log10(TFLOP), fitted")
+    pairs = [("8×256", "6×192"), ("6×192", "4×128"), ("4×128", "3×96"), *(("6×192", row) for row in alone)]
+    verdicts += [claim.higher("seen", *pair) for pair in pairs]
+    claim.page(claim.table(rows, ["loss", "seen", "unseen"]), verdicts, picture)
+
+
+def step_work(size):
+    """TFLOP of a training step of 128 pictures of 64 pixels, by the transformer alone."""
+    config = ModelConfig.of(size, channels=8, out_channels=8, text_widths=[128], null_tokens=[1])
+    return training_step(config, 128, 0, 8, [12], checkpointing=False)[0] / 1e12
 
 
 STARTS = (0, 25, 50, 75, 100)  # steps of video training after which frames are judged
@@ -303,17 +329,23 @@ def zero_start(claim):
     pictures (section 3.3).
 
     Scores of single frames, 5 clips a column, over the first steps of video training, when the output
-    projections start at zero or at random values."""
-    rows = {"zero start": {}, "random start": dict(new_video_model=at_random(models.new_video_model))}
-    for seed in claim.seeds:
-        for row, changes in rows.items():
-            with changed(models, **changes):
-                claim.run(row, seed, lambda: frames_while_training(claim, claim.folder_of(row, seed), seed))
-    columns = [f"step {step}" for step in STARTS]
-    verdicts = [claim.higher(column, *rows) for column in columns]
-    points = {row: (STARTS, [claim.mean(row, column) for column in columns]) for row in rows}
-    picture = figures.curves(points, "score of frames over steps of video training", logarithmic=False)
-    claim.page(claim.table(rows, columns), verdicts, picture)
+    projections start at zero or at random values. Three ways to train: as the demo does (Muon, learning rate
+    0.003), as the paper does (AdamW, 0.0001), and the temporal layers alone."""
+    ways = {"": "", "AdamW 1e-4: ": "--optimizer adamw --lr 1e-4", "temporal layers: ": "--only-temporal"}
+    starts = {"zero start": {}, "random start": dict(new_video_model=at_random(models.new_video_model))}
+    columns, verdicts, panels = [f"step {step}" for step in STARTS], [], []
+    for way, flags in ways.items():
+        rows = {way + start: changes for start, changes in starts.items()}
+        for seed in claim.seeds:
+            for row, changes in rows.items():
+                with changed(models, **changes):
+                    job = lambda: frames_while_training(claim, claim.folder_of(row, seed), seed, flags)
+                    claim.run(row, seed, job, flags)
+        verdicts += [claim.higher(column, *rows) for column in columns]
+        points = {row: (STARTS, [claim.mean(row, column) for column in columns]) for row in rows}
+        panels.append(figures.curves(points, "frames over steps", (560, 320), False))
+    table = claim.table([way + start for way in ways for start in starts], columns)
+    claim.page(table, verdicts, figures.Image.fromarray(np.vstack(panels)))
 
 
 def at_random(new_video_model):
@@ -329,10 +361,11 @@ def at_random(new_video_model):
     return made
 
 
-def frames_while_training(claim, out, seed):
+def frames_while_training(claim, out, seed, flags):
     """{"step 0": score of frames, …}, of the averaged weights. Training is asked for previews, and a score is
     taken in the place of each."""
     scores, count, fit = [], claim.count(5), train.fit
+    averaged = itertools.cycle([True, False])  # each second preview is of the last weights
     asked = [(column, prompt) for column in COLUMNS for prompt in moving_prompts(column, count)]
 
     def judged(model):
@@ -343,16 +376,16 @@ def frames_while_training(claim, out, seed):
         return figures.sheet(clips[:1], [asked[0][1].text])
 
     def fit_and_judge(flags, model, outline, hashes, read, batch_loss, preview, save):
-        judged(model.eval())
-        fit(flags, model.train(), outline, hashes, read, batch_loss, lambda: judged(model), save)
+        picture = judged(model.eval())
+        preview = lambda: judged(model) if next(averaged) else picture
+        fit(flags, model.train(), outline, hashes, read, batch_loss, preview, save)
 
-    flags = f"--steps {STARTS[-1]} --sample-every {1 if claim.quick else STARTS[1]}"
+    flags += f" --steps {STARTS[-1]} --sample-every {1 if claim.quick else STARTS[1]}"
     shutil.rmtree(out, ignore_errors=True)  # it begins with step 0
     claim.image_model()  # which trains by the real `fit`
     with changed(train, fit=fit_and_judge):
         claim.train("video", out, seed, f"{flags} --cooldown 0 --frame-curriculum 0,0,0")
-    of_ema = [scores[0], *scores[1::2]]  # each second one is of the last weights
-    return {f"step {step}": score for step, score in zip(STARTS, of_ema)}
+    return {f"step {step}": score for step, score in zip(STARTS, scores)}
 
 
 SHORT_VIDEO = "--steps 400 --cooldown 0.4 --frame-curriculum 40,40,200 --p-motion-free 0.25"
@@ -488,7 +521,8 @@ def labels(claim):
                 job = lambda: claim.train("image", out, seed, "--steps 200", kind)
                 claim.run(row, seed, lambda: of_classes(job(), claim.count(6)))
     verdicts = [claim.higher("right", "label, adaLN-Zero", row) for row in rows if row != "label, adaLN-Zero"]
-    claim.page(claim.table(rows, ["right"]), verdicts, None)
+    picture = claim.samples(rows, CLASSES[:4], [Labels if changes else Pipeline for changes in rows.values()])
+    claim.page(claim.table(rows, ["right"]), verdicts, picture)
 
 
 def of_classes(model, count):
@@ -499,15 +533,20 @@ def of_classes(model, count):
     return dict(right=float(np.mean([things == [name] for things, name in zip(names, CLASSES * count)])))
 
 
-def min_snr(diffusion, x0, t):
-    """Weights (B,) of the loss (Hang et al. 2023), for the velocity target: min(SNR, 5) / (SNR + 1)."""
-    alpha, sigma = diffusion.alpha_sigma(t, x0)
-    snr = (alpha / sigma).flatten(1)[:, 0].square()  # (B,)
+def weighted_loss(weights_of, loss=Diffusion.loss):
+    """Diffusion.loss, times weights_of(α_t, σ_t)."""
+
+    def weighted(diffusion, model, x0, t, noise):
+        alpha, sigma = (values.flatten(1)[:, 0] for values in diffusion.alpha_sigma(t, x0))  # (B,)
+        return loss(diffusion, model, x0, t, noise) * weights_of(alpha, sigma)
+
+    return weighted
+
+
+def min_snr(alpha, sigma):
+    """For the velocity target: min(SNR, 5) / (SNR + 1) (Hang et al. 2023)."""
+    snr = (alpha / sigma).square()
     return snr.clamp(max=5) / (snr + 1)
-
-
-def weighted_loss(diffusion, model, x0, t, noise, loss=Diffusion.loss):
-    return loss(diffusion, model, x0, t, noise) * min_snr(diffusion, x0, t)
 
 
 def logit_normal(diffusion, shape, generator=None):
@@ -516,26 +555,40 @@ def logit_normal(diffusion, shape, generator=None):
     return (u * diffusion.steps).long().clamp(max=diffusion.steps - 1)
 
 
+def straight_path(diffusion, *parts, made=Diffusion.__init__, **more):
+    """The path of rectified flow (Liu et al. 2022), x = (1-u) x_0 + u ε, over its standard deviation r: then
+    α = (1-u) / r, σ = u / r. Its target ε - x_0 is, for given x, x_0 up to a factor as our velocity is; its
+    loss is that of the velocity over r², which is (α + σ)² times as large."""
+    made(diffusion, *parts, **more)
+    u = torch.arange(1, diffusion.steps + 1, dtype=torch.float64) / (diffusion.steps + 1)
+    diffusion.alpha_bar = (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
+
+
 def objective(claim):
     """Beyond the paper: it predicts the noise under DiT's linear schedule, with AdamW. The demo predicts the
-    velocity under the cosine schedule, with a timestep shift, QK-norm and Muon. Each is taken back alone; two
-    things that the field uses today are added: min-SNR weights, and logit-normal timesteps, with shift 3.
+    velocity under the cosine schedule, with a timestep shift, QK-norm and Muon. Each is taken back alone.
+    What the field uses today is added: min-SNR weights; logit-normal timesteps, with shift 3; and rectified
+    flow, which has these timesteps on a straight path.
 
-    Scores of evaluate.py after 300 steps, 50 prompts a column. (The noise target under the cosine schedule
+    Scores of evaluate.py after 200 steps, 50 prompts a column. (The noise target under the cosine schedule
     divides by α = 0.00005 in the first step of sampling: that row fails by itself.)"""
     flags = {
         "as the demo": "", "x0": "--target x0", "noise": "--target noise",
         "noise, linear schedule": "--target noise --schedule linear", "linear schedule": "--schedule linear",
         "no QK-norm": "--qk-norm false", "AdamW": "--optimizer adamw --lr 1e-3", "no shift": "--shift 1",
-        "shift 3": "--shift 3", "shift 3, logit-normal": "--shift 3", "min-SNR": "",
+        "shift 3": "--shift 3", "shift 3, logit-normal": "--shift 3", "rectified flow": "--shift 3",
+        "min-SNR": "",
     }
-    changes = {"min-SNR": dict(loss=weighted_loss),
-               "shift 3, logit-normal": dict(random_timesteps=logit_normal)}
+    flow = dict(__init__=straight_path, loss=weighted_loss(lambda alpha, sigma: (alpha + sigma) ** 2))
+    changes = {"shift 3, logit-normal": dict(random_timesteps=logit_normal),
+               "rectified flow": dict(random_timesteps=logit_normal, **flow),
+               "min-SNR": dict(loss=weighted_loss(min_snr))}
     for row in flags:
         with changed(Diffusion, **changes.get(row, {})):
-            claim.images({row: f"--steps 300 {flags[row]}"})
+            claim.images({row: f"--steps 200 {flags[row]}"})
     verdicts = [claim.higher("seen", "as the demo", row) for row in flags if row != "as the demo"]
-    claim.page(claim.table(flags, ["seen", "unseen"]), verdicts, claim.samples(flags, SHOWN))
+    shown = [row for row in flags if row != "rectified flow"]  # a model does not keep its path
+    claim.page(claim.table(flags, ["seen", "unseen"]), verdicts, claim.samples(shown, SHOWN))
 
 
 ALL = (conditioning, encoders, scale, zero_start, joint, guidance, labels, objective)

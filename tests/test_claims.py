@@ -47,13 +47,13 @@ def test_every_claim_asks_for_its_runs_and_goes_on(here, monkeypatch):
             raise KeyboardInterrupt
         return claims.Pipeline
 
-    scores = dict.fromkeys(("seen", "unseen", "motion", "identity", "frames", "diversity", "right", *claims.COLUMNS), 0.5)
+    scores = dict.fromkeys(("seen", "unseen", "motion", "identity", "frames", "diversity", "right", "loss", *claims.COLUMNS), 0.5)
     scores |= {f"step {step}": 0.5 for step in claims.STARTS}
     monkeypatch.setattr(Claim, "train", trained)
     monkeypatch.setattr(Claim, "autoencoder", lambda claim: None)
     monkeypatch.setattr(Claim, "samples", lambda *parts: None)
     monkeypatch.setattr(claims, "pretrained", lambda claim, name, seed: f"{name}-{seed}")
-    stub = lambda claim, out, seed: trained(claim, 0, out, seed, "") and scores
+    stub = lambda claim, out, seed, flags: trained(claim, 0, out, seed, flags) and scores
     monkeypatch.setattr(claims, "frames_while_training", stub)
     for score in ("of_image", "of_clips", "of_guidance", "of_classes"):
         monkeypatch.setattr(claims, score, lambda *parts, **more: scores)
@@ -133,3 +133,27 @@ def test_random_starts_are_where_zeros_were():
     for name, p in zero.transformer.named_parameters():
         if "temporal" in name and (name.endswith("attention.out.weight") or name.endswith("mlp.2.weight")):
             assert not p.any() and random.transformer.get_parameter(name).std() > 0.01
+
+
+def test_rectified_flow_is_that_of_its_paper():
+    """The weighted loss of x0 and ε as seen by the network = the mean squared error of ε - x0 on the path
+    x = (1-u) x0 + u ε."""
+    flow = claims.weighted_loss(lambda alpha, sigma: (alpha + sigma) ** 2)
+    with claims.changed(claims.Diffusion, __init__=claims.straight_path, loss=flow):
+        diffusion = claims.Diffusion(shift=3.0)
+        x0, noise, guess = torch.randn(3, 5, 2, 4, 4, dtype=torch.float64)
+        t = torch.tensor([0, 100, 500, 900, 999])
+        seen = []
+        found = diffusion.loss(lambda x, t: seen.append(x) or guess, x0, t, noise)
+    u = ((t + 1) / 1001).view(-1, 1, 1, 1)
+    x, r = (1 - u) * x0 + u * noise, ((1 - u) ** 2 + u**2).sqrt()
+    torch.testing.assert_close(seen[0] * r, x, rtol=1e-6, atol=1e-6)
+    guessed_x0, _ = diffusion.x0_and_noise(seen[0], guess, t)
+    flow_of = (x - guessed_x0) / u  # ε - x0, by the network's x0
+    torch.testing.assert_close(found, (flow_of - (noise - x0)).square().flatten(1).mean(1), rtol=1e-4, atol=1e-6)
+
+
+def test_min_snr_weights_by_hand():
+    alpha = torch.tensor([0.5, 0.1, 0.999]) ** 0.5
+    weights = claims.min_snr(alpha, (1 - alpha**2).sqrt())
+    torch.testing.assert_close(weights, torch.tensor([0.5, 0.1, 5 / 1000]))
