@@ -5,8 +5,8 @@
     python sample.py --prompts color_val.txt --per-prompt 10 --out color
 
 The command reads the newest image run, with --frames the newest video run, or --checkpoint DIR. It writes a
-grid of pictures to samples.png. With --frames it writes an animation to samples.gif (--out NAME.webp or
-NAME.mp4) and all frames of it to samples.png.
+grid of pictures to samples.png. With --frames it writes an animation to clips.gif (--out NAME.webp or
+NAME.mp4) and all frames of it to clips.png.
 
 --prompts reads a list of prompts: one a line, as T2I-CompBench has them, or a table with tabs and a column
 "Prompt", as PartiPrompts. It writes the folder that T2I-CompBench's scripts read: PROMPT_NUMBER.png in
@@ -208,7 +208,7 @@ class Flags:
     lambda_m: float = flag(1.0, "clips: guidance by motion; 1: none", low=0, high=100)
     rescale: float = flag(0.0, "pulls guided outputs back to the plain ones' spread", low=0, high=1)
     guide: str = flag("0,1", "guide between these noise levels, 0 = clean, 1 = noise")
-    out: str = flag("", "the file (samples.png), or with --prompts the folder (samples)", group="output")
+    out: str = flag("", "a file (samples.png, clips.gif); with --prompts a folder (samples)", group="output")
     grid: bool = flag(False, "with --prompts: one grid in place of a folder")
     zoom: int = flag(3, "how many times larger a grid shows a picture", low=1)
     fps: int = flag(4, "clips: frames a second, of the file", low=1, high=1000)

@@ -137,7 +137,7 @@ def output_of(out, into_folder, clips, fps):
     if into_folder:
         path, suffix = Path(out or "samples") / "samples", ".gif" if clips else ".png"
     else:
-        path = Path(out or ("samples.gif" if clips else "samples.png"))
+        path = Path(out or ("clips.gif" if clips else "samples.png"))
         suffix = path.suffix.lower()
     if clips and suffix not in figures.ANIMATED:
         raise ValueError(f"--out {path}: clips are written as {', '.join(figures.ANIMATED)}")
