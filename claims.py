@@ -29,7 +29,7 @@ from torch import nn
 import train
 from common import figures
 from common.flags import flag, read, run_command
-from common.hardware import device_of, precision_of, processor
+from common.hardware import device_of, processor
 from data import folder
 from data.shapes import COLOURS, SHAPES, UNSEEN_COLOURS, Shapes
 from diffusion import Diffusion
@@ -99,7 +99,7 @@ class Claim:
         if stage == "video":
             words += ["--init", str(self.image_model())]
         self.call_train(words, out)
-        return load(out, kind)
+        return kind.load(out).on(device_of())
 
     def call_train(self, words, out):
         words += "--steps 2 --batch-size 4 --checkpoint-every 1".split() * self.quick
@@ -176,8 +176,7 @@ class Claim:
         made = f"`python claims.py {self.name}`: {len(lines)} runs, {seeds} seeds, {minutes:.0f} minutes on"
         parts = [f"# {self.name}", about, table, "\n".join(f"- {verdict}" for verdict in verdicts)]
         parts += [f"![{self.name}]({self.name}.png)"] * drawn + [f"{made}\n{machines}."]
-        text = "\n\n".join(parts)
-        (self.folder / f"{self.name}.md").write_text(text + "\n", encoding="utf-8")
+        (self.folder / f"{self.name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         print(f"\n{table}\n\n" + "\n".join(verdicts) + f"\n→ {self.folder / self.name}.md")
 
     def samples(self, rows, prompts, kinds=itertools.repeat(Pipeline)):
@@ -186,7 +185,8 @@ class Claim:
         folders = [self.folder_of(row, 0) for row in rows]
         if not all((folder / "model.safetensors").exists() for folder in folders):
             return None
-        made = torch.cat([load(*found).generate(prompts) for found in zip(folders, kinds)])
+        loaded = (kind.load(run).on(device_of()) for run, kind in zip(folders, kinds))
+        made = torch.cat([model.generate(prompts) for model in loaded])
         names = [f"{row}: {prompt}" for row in rows for prompt in prompts]
         return figures.sheet(made, names) if made.ndim == 5 else figures.grid(made, names, len(prompts))
 
@@ -201,12 +201,6 @@ def spread(values):
     if len(values) < 2:
         return f"{values[0]:.2f}" if values else "–"
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-
-
-def load(run, kind=Pipeline):
-    model, device = kind.load(run), device_of()
-    model.precision = precision_of("auto", device, model.trained_in)
-    return model.to(device)
 
 
 def generator(model, **guidance):

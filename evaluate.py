@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common import figures
 from common.files import newest_run
 from common.flags import SEEDS, dashed, flag, read, run_command
-from common.hardware import PRECISIONS, device_of, precision_of
+from common.hardware import PRECISIONS, device_of
 from data import clips, folder
 from diffusion import SAMPLERS
 from evaluation import likeness
@@ -184,14 +184,11 @@ def main(arguments):
     check(flags, given)
     run = flags.checkpoint or newest_run("video" if flags.video else "image")
     device = device_of(flags.device)
-    model = Pipeline.load(run, clip=flags.clip, t5=flags.t5).to(device)
-    model.precision = precision_of(flags.precision, device, model.trained_in)
+    model = Pipeline.load(run, clip=flags.clip, t5=flags.t5).on(device, flags.precision)
     if flags.video != model.transformer.config.temporal:
         found, advice = ("an image", "leave out") if flags.video else ("a video", "give")
         raise ValueError(f"{run} holds {found} model: {advice} --video")
-    frames = 0
-    if flags.video:
-        frames = flags.frames or model.config["frames"]
+    frames = (flags.frames or model.config["frames"]) if flags.video else 0
     size = max(1, flags.batch_size // max(1, frames))
 
     def generate(texts, seeds=None, lambda_t=flags.lambda_t, lambda_m=flags.lambda_m):

@@ -34,7 +34,7 @@ from common import figures
 from common.figures import to_bytes
 from common.files import newest_run
 from common.flags import SEEDS, check, dashed, flag, read, run_command
-from common.hardware import device_of, precision_of
+from common.hardware import device_of
 from common.serve import serve
 from data import prompt_lists
 from diffusion import SAMPLERS, split_channels
@@ -175,11 +175,9 @@ def words_of_tokens(tokenizer, words):
     _, mask = tokenizer([" ".join(words)])
     ahead = int(tokenizer([""])[1].sum()) - 1  # a token before the text: CLIP's
     found = torch.zeros(mask.shape[1], len(words) + 1)
-    start = ahead
-    for column in range(len(words)):
-        end = ahead + len(tokenizer.encode(" ".join(words[: column + 1])))
+    ends = [ahead + len(tokenizer.encode(" ".join(words[:k]))) for k in range(len(words) + 1)]
+    for column, (start, end) in enumerate(itertools.pairwise(ends)):
         found[start:end, column] = 1
-        start = end
     found[-1] = torch.eye(len(words) + 1)[-1]
     return found
 
@@ -187,14 +185,10 @@ def words_of_tokens(tokenizer, words):
 # ---------------------------------------------------------------------------------------------- the pictures
 
 
-def steps_shown(seen):
-    """Indices of at most MOST_SHOWN steps, evenly spaced, the first and the last among them."""
-    return torch.linspace(0, len(seen.times) - 1, min(MOST_SHOWN, len(seen.times))).round().int().tolist()
-
-
 def sheets(seen, patch):
     """Yields (name, Pillow image) for all that the docstring above lists. patch: the number of a patch."""
-    shown, frame, F = steps_shown(seen), len(seen.result) // 2, len(seen.result)
+    count, frame, F = len(seen.times), len(seen.result) // 2, len(seen.result)
+    shown = torch.linspace(0, count - 1, min(MOST_SHOWN, count)).round().int().tolist()  # first and last too
     a_frame = (lambda pictures: pictures[:, frame]) if seen.clip else (lambda pictures: pictures)
     pictures = [to_bytes(a_frame(seen.decoded(part[shown]))) for part in (seen.x, seen.x0)]
     times = [f"t {seen.times[k]}" for k in shown]
@@ -290,11 +284,9 @@ def described(seen):
     for name, latents in (("x", seen.x), ("x0", seen.x0)):
         first = latents[:, 0] if seen.clip else latents  # frames
         parts[name] = [png(picture) for picture in to_bytes(seen.decoded(first))]
-    parts["own"] = packed(seen.own)  # (blocks, F, N, N)
-    if seen.cross is not None:
-        parts["cross"] = packed(seen.cross)  # (S, blocks, F, N, words)
-    if seen.temporal is not None:
-        parts["temporal"] = packed(seen.temporal)  # (blocks, F, F)
+    for name, weights in (("own", seen.own), ("cross", seen.cross), ("temporal", seen.temporal)):
+        if weights is not None:
+            parts[name] = packed(weights)
     return parts
 
 
@@ -367,12 +359,6 @@ class Flags:
     device: str = flag("auto", "auto, cpu, cuda, mps")
 
 
-def load(folder, flags, device):
-    model = Pipeline.load(folder, clip=flags.clip, t5=flags.t5).to(device)
-    model.precision = precision_of("auto", device, model.trained_in)
-    return model
-
-
 def patch_of(text, cells):
     """"ROW,COLUMN" → the number of the patch; "": the middle one. ValueError if there is none such."""
     rows, columns = cells
@@ -388,7 +374,8 @@ def models_to_serve(flags, device):
     for stage in ("video", "image") if not folders else ():
         with contextlib.suppress(ValueError):
             folders.append(newest_run(stage))
-    models = [load(folder, flags, device) for folder in folders or [newest_run()]]  # which says what to do
+    folders = folders or [newest_run()]  # which says what to do
+    models = [Pipeline.load(folder, clip=flags.clip, t5=flags.t5).on(device) for folder in folders]
     return {"clip" if model.transformer.config.temporal else "picture": model for model in models}
 
 
@@ -403,7 +390,7 @@ def main(arguments):
     if len(words) != 1:
         raise ValueError('give one prompt: python inside.py "a red circle above a blue square"')
     folder = flags.checkpoint or newest_run("video" if flags.video else "image")
-    model = load(folder, flags, device)
+    model = Pipeline.load(folder, clip=flags.clip, t5=flags.t5).on(device)
     if flags.video != model.transformer.config.temporal:
         found, advice = ("an image", "leave out") if flags.video else ("a video", "give")
         raise ValueError(f"{folder} holds {found} model: {advice} --video")

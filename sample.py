@@ -69,10 +69,11 @@ class Pipeline(nn.Module):
     def device(self):
         return self.autoencoder.shift.device
 
-    @property
-    def trained_in(self):
-        """What hardware.precision_of takes: which processor trained this model, in which precision."""
-        return dict(processor=self.config.get("processor"), precision=self.config["flags"].get("precision"))
+    def on(self, device, precision="auto"):
+        """Moves to a device. Products are of this precision; "auto": as in training, on its processor."""
+        before = dict(processor=self.config.get("processor"), precision=self.config["flags"].get("precision"))
+        self.precision = precision_of(precision, device, before)
+        return self.to(device)
 
     def tokenize(self, captions):
         """List of B captions → for each encoder its tokens (B, L), and a mask (B, L), True = a token."""
@@ -226,8 +227,7 @@ def main(arguments):
     interval = prompt_lists.read_interval(flags.guide)
     folder = flags.checkpoint or newest_run("video" if flags.frames else "image")
     device = device_of(flags.device)
-    model = Pipeline.load(folder, clip=flags.clip, t5=flags.t5).to(device)
-    model.precision = precision_of(flags.precision, device, model.trained_in)
+    model = Pipeline.load(folder, clip=flags.clip, t5=flags.t5).on(device, flags.precision)
     use_attention(model, flags.attention)
     clips, into_folder = model.transformer.config.temporal, flags.prompts and not flags.grid
     prompt_lists.check_flags(flags, given, clips)

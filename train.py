@@ -126,7 +126,7 @@ def fit(flags, model, outline, hashes, read, batch_loss, preview, save, again="t
                 state.show(preview, run / "samples", done)
     if first == flags.steps:  # it may have been killed before its model was written
         state.export(save, log)
-    state.copy_ema()
+    state.become(state.ema)
     log.summarise(rate)
     return log
 
@@ -280,8 +280,6 @@ def main(arguments):
     stage, *rest = arguments
     flags = read_flags(stage, rest, SIZES)
     if flags.dry_run:
-        if stage == "autoencoder":
-            raise ValueError("--dry-run: of the stages image and video")
         report = dry_run.report(stage, flags, *numbers(flags, "dry_run", 1, 3))
         if distributed.rank() == 0:
             print("\n".join(report))

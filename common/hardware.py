@@ -1,6 +1,7 @@
 """The machine that a command runs on: which device, and in which precision it multiplies.
 
-    fp32    products are computed in fp32 on every processor: torch's default, which no file here changes
+    fp32    matrix products are computed in fp32 on every processor: torch's default, which no file here
+            changes (on a GPU convolutions, the autoencoders', take TF32)
     bf16    products are computed in bf16 (torch.autocast); weights and samplers stay in fp32
     auto    bf16 where this machine multiplies it faster; measured once, and kept with the run
 """
@@ -15,6 +16,16 @@ import torch
 
 PRECISIONS = ("auto", "fp32", "bf16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def world():
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def rank():
+    """The number of this process among them."""
+    return int(os.environ["RANK"]) if world() > 1 else 0
 
 
 def device_of(name="auto"):

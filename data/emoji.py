@@ -142,10 +142,8 @@ def clip_of(data, size):
         for frame in ImageSequence.Iterator(image) if getattr(image, "is_animated", False) else ():
             frame.load()  # only then is its duration known
             end += image.info["duration"] / 1000
-            if len(found) / CLIP_FPS < end - 1e-6:
-                shown = white(frame, size)
-                while len(found) / CLIP_FPS < end - 1e-6:
-                    found.append(shown)
+            while len(found) / CLIP_FPS < end - 1e-6:
+                found.append(white(frame, size))
     return found
 
 

@@ -2,7 +2,6 @@
 that T2I-CompBench's scripts read."""
 import contextlib
 import errno
-import os
 import re
 import stat
 import sys
@@ -16,6 +15,7 @@ from PIL import Image
 from common import figures
 from common.files import remove_parts, written_whole
 from common.flags import dashed
+from common.hardware import rank, world
 from encoders.padding import readable
 
 
@@ -95,8 +95,8 @@ def notes_on(prompts, known, tokenizers):
     for prompt in dict.fromkeys(prompts):
         unknown = set(words_of(prompt)) - set(known or words_of(prompt))
         unseen = {word for tokenizer in tokenizers for word in tokenizer.unknown(prompt)}
-        parts = [f"no training caption had: {listed(unknown)}"] * bool(unknown)
-        parts += [f"the tokenizer cannot read: {listed(unseen)}"] * bool(unseen)
+        parts = [f"no training caption had: {shortened(', '.join(sorted(unknown)))}"] * bool(unknown)
+        parts += [f"the tokenizer cannot read: {shortened(', '.join(sorted(unseen)))}"] * bool(unseen)
         for tokenizer in tokenizers:
             if cut := tokenizer.cut(prompt):
                 parts.append(f"only the first {tokenizer.length} tokens are read, the last {cut} are not")
@@ -110,25 +110,14 @@ def print_notes(prompts, known, tokenizers, most=20):
     notes = notes_on(prompts, known, tokenizers)
     if len(notes) > most:
         notes[most - 1 :] = [f"note: … and likewise in {len(notes) - most + 1} more prompts"]
-    if share()[0] == 0:  # one voice
+    if rank() == 0:  # one voice
         print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
-
-
-def listed(words):
-    return shortened(", ".join(sorted(words)))
 
 
 def shortened(text, most=200):
     """A text in one line, cut to so many characters."""
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[:most]}…"
-
-
-def share():
-    """The number of this process, and how many there are, if torchrun has started them; else 0, 1."""
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return 0, 1
 
 
 def output_of(out, into_folder, clips, fps):
@@ -225,8 +214,7 @@ def write_folder(draw, samples, folder, shape, fps):
 
     with trial(files[0], parts):
         write(white(shape), files[0], keep=False)
-    rank, world = share()
-    mine = [k for k in range(rank, len(samples), world) if not files[k].exists()]
+    mine = [k for k in range(rank(), len(samples), world()) if not files[k].exists()]
     for k, result in zip(mine, draw([samples[k] for k in mine])):
         write(result, files[k], keep=True)
     return len(mine)

@@ -106,10 +106,7 @@ class Autoencoder(nn.Module):
         self.linear_out[0].bias.copy_(mean)
 
     def moments(self, pictures):
-        """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, each (B, C, H/8, W/8).
-        ValueError if 8 does not divide H and W."""
-        if pictures.shape[-1] % self.factor or pictures.shape[-2] % self.factor:
-            raise ValueError(f"picture size {tuple(pictures.shape[-2:])} is not divisible by {self.factor}")
+        """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, each (B, C, H/8, W/8)."""
         mean, log_variance = self.encoder(pictures).chunk(2, dim=1)  # (B, C, h, w) each
         return self.linear_in(pictures) + mean, log_variance.clamp(-20, 10)
 
@@ -118,7 +115,10 @@ class Autoencoder(nn.Module):
         return self.linear_out(raw) + self.decoder(raw)
 
     def encode(self, pictures):
-        """pictures (B, 3, H, W) in -1…1 → latent means (B, C, H/8, W/8), shifted and scaled."""
+        """pictures (B, 3, H, W) in -1…1 → latent means (B, C, H/8, W/8), shifted and scaled. ValueError if 8
+        does not divide H and W."""
+        if pictures.shape[-1] % self.factor or pictures.shape[-2] % self.factor:
+            raise ValueError(f"picture size {tuple(pictures.shape[-2:])} is not divisible by {self.factor}")
         return (self.moments(pictures)[0] - self.shift.view(1, -1, 1, 1)) / self.scale
 
     def decode(self, latents):

@@ -121,11 +121,8 @@ class AutoencoderKL(nn.Module):
         return x.split(max(1, most // positions))
 
     def moments(self, pictures):
-        """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, (B, C, h, w) each.
-        ValueError if the factor does not divide H and W."""
+        """pictures (B, 3, H, W) in -1…1 → mean and log-variance of the raw latent, (B, C, h, w) each."""
         H, W = pictures.shape[-2:]
-        if H % self.factor or W % self.factor:
-            raise ValueError(f"picture size {(H, W)} is not divisible by {self.factor}")
         parts = self.parts(pictures, H * W // self.factor**2)
         parts = [self.quant_conv(self.encoder(part)) for part in parts]
         mean, log_variance = torch.cat(parts).chunk(2, dim=1)  # (B, C, h, w) each

@@ -23,12 +23,11 @@ from PIL import Image
 import train
 from attention import use_attention
 from common.flags import flag, read, run_command
-from common.flops import Flops, outline
 from common.hardware import DTYPES, device_of, processor, products_in
 from diffusion import motion_free_guidance
 from dit import GenTron, ModelConfig
 from encoders.autoencoder import Autoencoder, AutoencoderConfig
-from evaluation.dry_run import random_inputs
+from evaluation.dry_run import random_inputs, training_step
 
 
 class Bench:
@@ -36,15 +35,15 @@ class Bench:
 
     def __init__(self, device, repeats):
         self.device, self.repeats, self.rows = device, repeats, []
-        self.precision = "bf16" if device.type == "cuda" else "fp32"
+        gpu = device.type == "cuda"
+        self.precision = "bf16" if gpu else "fp32"
+        self.wait = (lambda: torch.cuda.synchronize(device)) if gpu else (lambda: None)
 
     def seconds(self, function):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.wait()
         start = time.perf_counter()
         function()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.wait()
         return time.perf_counter() - start
 
     def compare(self, what, one, other, scale=1.0, goal="", equal=""):
@@ -72,14 +71,6 @@ class Bench:
         return step
 
 
-def flops_of(model, inputs):
-    """Of a step, forward and backward."""
-    on_meta = lambda x: [on_meta(y) for y in x] if isinstance(x, (list, tuple)) else x.to("meta")
-    with Flops() as counter:
-        outline(model)(*on_meta(inputs)).square().mean().backward()
-    return counter.total
-
-
 def build(device, size, count, frames=0, side=32, length=120, **changes):
     """A model of a size, and random inputs for it, with captions of `length` tokens."""
     model = GenTron(ModelConfig.of(size, **changes)).to(device)
@@ -91,14 +82,13 @@ def against_a_product(bench, size, count, n):
     product = lambda: a @ a
 
     def row(name, model, inputs, goal, equal):
-        share = flops_of(model, inputs) / (2 * n**3)
+        share = training_step(model.config, count, 0, 32, [120], checkpointing=False)[0] / (2 * n**3)
         step = bench.step(model, *inputs)
         bench.compare(f"{size}/2, {name}, over a product", product, step, share, goal, equal)
 
-    model, (x, t, *_) = build(bench.device, size, count, integration="class", classes=1000)
-    labels = torch.randint(0, 1000, (count,), device=bench.device)
+    model, inputs = build(bench.device, size, count, integration="class", classes=1000)
     goal = "0.83" if size == "S" else ""
-    row("labels", model, (x, t, labels), goal, f"FLOP/s, {bench.precision}, {count} pictures of 256 tokens")
+    row("labels", model, inputs, goal, f"FLOP/s, {bench.precision}, {count} pictures of 256 tokens")
     for null in (1, 256):
         model, inputs = build(bench.device, size, count, text_widths=(4096,), null_tokens=(null,))
         about = f"text of 120×4096, null text of {null}"
@@ -130,8 +120,7 @@ def against_peers(bench, size, count):
     equal += f"; {millions(ours)} against {millions(pixart)}"
     name = f"{size}/2, pictures a second over PixArt's"
     bench.compare(name, bench.step(pixart, x, **given), bench.step(ours, x, t, text, mask), 1, "1.05", equal)
-    ours, _ = build(bench.device, size, count, integration="class", classes=1000)
-    labels = torch.randint(0, 1000, (count,), device=bench.device)
+    ours, (x, t, labels, _) = build(bench.device, size, count, integration="class", classes=1000)
     given = dict(timestep=t, class_labels=labels)
     equal = f"{count} pictures of 256 tokens, labels, {bench.precision}, eager; {millions(ours)} each"
     name = f"{size}/2, pictures a second over DiT's"
@@ -148,12 +137,12 @@ def attention_rows(bench, size, count):
 
 
 def clips_and_guidance(bench, size, count):
-    for size, side in (("mini", 8), (size, 32)):
+    for size, side, clips in (("mini", 8, count), (size, 32, max(2, count // 8))):  # memory
         changes = dict(side=side, length=20, channels=8, out_channels=8)
-        clips, of_clips = build(bench.device, size, count, 8, **changes, temporal=True)
-        pictures, of_pictures = build(bench.device, size, count * 8, **changes)
-        one, other = bench.step(clips, *of_clips), bench.step(pictures, *of_pictures)
-        equal = f"{count} clips of 8 frames against {8 * count} pictures, eager"
+        video, of_clips = build(bench.device, size, clips, 8, **changes, temporal=True)
+        image, of_pictures = build(bench.device, size, clips * 8, **changes)
+        one, other = bench.step(video, *of_clips), bench.step(image, *of_pictures)
+        equal = f"{clips} clips of 8 frames against {8 * clips} pictures, eager"
         goal = "1.2 at most" if bench.device.type == "cpu" else "1.3 at most"
         bench.compare(f"{size}, a clip's frame over a picture, seconds", one, other, 1, goal, equal)
     model, (x, t, text, mask) = build(bench.device, "mini", count, 8, 8, 20, temporal=True)
@@ -226,15 +215,17 @@ def main(arguments):
     size, count = ("XL", 64) if large else ("S", 8)
     bench = Bench(device, 3 if flags.quick else 9)
     print(f"{processor(device)}, {torch.get_num_threads()} threads, {bench.precision} products")
-    against_a_product(bench, size, count, 8192 if large else 4096)
-    against_peers(bench, size, count)
-    attention_rows(bench, size, count)
-    clips_and_guidance(bench, size, 64 if large else 2)
-    autoencoder_row(bench)
-    loop_row(bench, size, count, 80 if large else 8)
-    if flags.json:
-        about = dict(processor=processor(device), precision=bench.precision, repeats=bench.repeats)
-        Path(flags.json).write_text(json.dumps(about | dict(rows=bench.rows), indent=1) + "\n")
+    try:
+        against_a_product(bench, size, count, 8192 if large else 4096)
+        against_peers(bench, size, count)
+        attention_rows(bench, size, count)
+        clips_and_guidance(bench, size, 64 if large else 2)
+        autoencoder_row(bench)
+        loop_row(bench, size, count, 80 if large else 8)
+    finally:  # what was measured before an error
+        if flags.json:
+            about = dict(processor=processor(device), precision=bench.precision, repeats=bench.repeats)
+            Path(flags.json).write_text(json.dumps(about | dict(rows=bench.rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ run before the step, whose activations take their memory after them; so the larg
 """
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,24 +57,12 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
-class Flash(TorchFunctionMode):
+def flash(*arguments, **options):
     """Fused attention on the meta device, where torch's own would store the (L, M) weights."""
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        options = options or {}
-        if function is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments, **options)[0]
-        return function(*arguments, **options)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments, **options)[0]
 
 
-def under_flash(attend):
-    """An attention function that computes so, also where a checkpointed block computes again."""
-
-    def function(*arguments):
-        with Flash():
-            return attend(*arguments)
-
-    return function
+fused = lambda: mock.patch.object(F, "scaled_dot_product_attention", flash)
 
 
 def random_inputs(config, count, frames, side, lengths, dtype=torch.float32, device="meta"):
@@ -84,6 +72,8 @@ def random_inputs(config, count, frames, side, lengths, dtype=torch.float32, dev
     x = torch.randn(*shape, config.channels, side, side, dtype=dtype, device=device)
     t = torch.randint(0, 1000, (count,), device=device)
     text = [torch.randn(count, L, E, dtype=dtype, device=device) for L, E in zip(lengths, config.text_widths)]
+    if config.integration == "class":
+        text = torch.randint(0, config.classes, (count,), device=device)  # labels
     masks = [torch.ones(count, L, dtype=torch.bool, device=device) for L in lengths]
     return x, t, text, masks
 
@@ -97,14 +87,11 @@ def training_step(
         model = GenTron(config).to(dtype)
     model.checkpointing = checkpointing
     use_attention(model, attention)
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = under_flash(module.attend)
     inputs = random_inputs(config, count, frames, side, lengths, dtype)
     for p in model.parameters():
         p.grad = torch.empty_like(p)
     kept = [*model.parameters(), *(p.grad for p in model.parameters())]
-    with Flops() as counter, Peak(kept) as memory:
+    with fused(), Flops() as counter, Peak(kept) as memory:
         model(*inputs).float().square().mean().backward()
     return counter.total, memory.peak
 
@@ -114,7 +101,7 @@ def encoding(autoencoder, encoders, count, size, lengths):
     """The most bytes that frozen parts take, on the meta device, for `count` pictures of size×size and their
     captions of so many tokens. autoencoder: None, if its latents are there already."""
     parts = [*encoders, autoencoder] if autoencoder else encoders
-    with Flash(), Peak([tensor for part in parts for tensor in part.state_dict().values()]) as memory:
+    with fused(), Peak([tensor for part in parts for tensor in part.state_dict().values()]) as memory:
         kept = []
         if autoencoder:
             kept.append(autoencoder.encode(torch.empty(count, 3, size, size, device="meta")))

@@ -58,9 +58,8 @@ class Test:
             raise ValueError(f"{a} and {b} have no picture of the same name: draw them from the same prompts")
         self.asked = [(question, name) for question in QUESTIONS for name in names]
         self.settings = dict(a=str(a), b=str(b), seed=seed, pairs=len(names))
-        self.answers = {}  # "question name" → a, b or draw, in the order of answering
-        if self.out.exists():
-            self.answers = self.answers_before()
+        # "question name" → a, b or draw, in the order of answering
+        self.answers = self.answers_before() if self.out.exists() else {}
 
     def answers_before(self):
         try:

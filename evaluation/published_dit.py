@@ -12,7 +12,6 @@ other samplers, `dpm` and `sde`, are not DiT's: see SPACING.
 """
 import argparse
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +25,15 @@ from common.hardware import PRECISIONS, device_of, precision_of, products_in
 from diffusion import SAMPLERS, Diffusion, classifier_free_guidance, gaussian
 from dit import SIZES, GenTron, ModelConfig, position_embedding
 from encoders import autoencoders
+from encoders.weights import renamed
 
 # (depth, width) → H, which no tensor tells
 HEADS = {(SIZES[name]["depth"], SIZES[name]["width"]): SIZES[name]["heads"] for name in ("S", "B", "L", "XL")}
-NAMES = {  # a part of our names, as a regular expression → of the published ones
-    r"^patch_embedding": "x_embedder.proj", r"^condition\.table": "y_embedder.embedding_table",
-    r"^time": "t_embedder", r"^final": "final_layer", r"modulation": "adaLN_modulation",
-    r"self_attention\.qkv": "attn.qkv", r"self_attention\.out": "attn.proj",
-    r"(\d)\.mlp\.0": r"\1.mlp.fc1", r"(\d)\.mlp\.2": r"\1.mlp.fc2",
+NAMES = {  # a part of our names: of the published ones, replaced in this order
+    ".mlp.0.": ".mlp.fc1.", ".mlp.2.": ".mlp.fc2.", "time.mlp.fc1.": "t_embedder.mlp.0.",
+    "time.mlp.fc2.": "t_embedder.mlp.2.", "patch_embedding": "x_embedder.proj", "final": "final_layer",
+    "condition.table": "y_embedder.embedding_table", "modulation": "adaLN_modulation",
+    "self_attention.qkv": "attn.qkv", "self_attention.out": "attn.proj",
 }
 RANKS = {  # of the tensors that tell the sizes
     "x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2,
@@ -74,12 +74,7 @@ def from_published(state, heads=0):
     with torch.device("meta"):
         model = GenTron(config_of(state, heads))
     expected = model.state_dict()
-    names = {}  # published name → ours
-    for ours in expected:
-        published = ours
-        for pattern, part in NAMES.items():
-            published = re.sub(pattern, part, published)
-        names[published] = ours
+    names = {renamed(ours, NAMES): ours for ours in expected}  # published name → ours
     unknown = state.keys() - {*names, "pos_embed"}
     for problem, found in (("missing", names.keys() - state), ("unknown", unknown)):
         if found:

@@ -1,7 +1,7 @@
 """Which samples and which random numbers a step sees.
 
-Both follow from (seed, step, row) alone. So there is no random state to save: on one machine a resumed run is
-the same, bit for bit, as one that was never interrupted. Every number of processes sees the same batches, of
+Both follow from (seed, step, row) alone. So there is no random state to save: on a CPU a resumed run is the
+same, bit for bit, as one that was never interrupted. Every number of processes sees the same batches, of
 which each computes its rows.
 """
 import atexit
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from common.figures import from_bytes
@@ -94,16 +95,10 @@ def steps_of(flags, number):
 
 
 def moved(batch, device):
-    """A batch, of tensors in dictionaries and lists, on a device; a GPU copies it while it computes."""
-    if torch.is_tensor(batch) and device.type == "cuda":
-        return batch.pin_memory().to(device, non_blocking=True)
-    if torch.is_tensor(batch):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [moved(value, device) for value in batch]
-    return batch
+    """A batch, of tensors in dictionaries and lists, on a device; no one waits for a copy to a GPU."""
+    gpu = device.type == "cuda"
+    move = lambda x: x.pin_memory().to(device, non_blocking=True) if gpu else x.to(device)
+    return tree_map_only(torch.Tensor, move, batch)
 
 
 def ahead(read, steps, device):
@@ -176,16 +171,12 @@ class TarReader:
         self.batches = None
         self.last = None  # (step, batch): a batch that is asked for twice is kept
 
-    def indices(self, first):
-        """Yields the indices of each part of the steps from number `first` on, without end."""
-        for number in itertools.count(first):
-            for step in steps_of(self.flags, number):
-                yield step.indices(len(self.dataset), order=self.order).tolist()
-
     def __call__(self, step):
         """Names of the samples, pictures (B, 3, S, S) uint8, and captions."""
         if self.batches is None:
-            self.batches = read_ahead(self.dataset, self.indices(step.number), self.flags.workers)
+            parts = (part for number in itertools.count(step.number) for part in steps_of(self.flags, number))
+            indices = (part.indices(len(self.dataset), order=self.order).tolist() for part in parts)
+            self.batches = read_ahead(self.dataset, indices, self.flags.workers)
             atexit.register(self.batches.close)  # however the run ends, or Python would wait for the readers
         if self.last is None or self.last[0] != step:
             *batch, damaged = next(self.batches)

@@ -26,25 +26,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.overrides import TorchFunctionMode
 
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world():
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+from common.hardware import rank, world
 
 
 def start(device):
-    """Joins the processes that torchrun started (does nothing without it), and returns this one's device. A
-    process that waits ten minutes for another gives up, with an error."""
-    if "RANK" not in os.environ:
-        return device
+    """Joins the processes that torchrun started, if it did, and returns this one's device. A process that
+    waits ten minutes for another gives up, with an error."""
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if "RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if dist.is_initialized():
+    if "RANK" not in os.environ or dist.is_initialized():
         return device
     warnings.filterwarnings("ignore", "DTensor random operators|FSDP2-wrapped module")  # both harmless here
     if rank() > 0:  # one voice; errors go to stderr, from every rank

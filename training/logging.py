@@ -99,7 +99,7 @@ class Window:
 
     def end_step(self, norm, number, log):
         """Counts a step. norm: of its gradient, a tensor. ValueError as in `look`."""
-        norm, computed = norm.to("cpu", non_blocking=True), None
+        norm, computed = norm.to("cpu", non_blocking=self.device.type == "cuda"), None
         if self.device.type == "cuda":
             computed = torch.cuda.Event()
             computed.record()

@@ -1,6 +1,4 @@
 """The state of a run: the weights that train, their average over the steps (EMA), and the optimizers."""
-import contextlib
-
 import torch
 
 from common.hardware import DTYPES, processor
@@ -53,51 +51,36 @@ class TrainingState:
         gradients = [p.grad for p in self.weights.values() if p.grad is not None]
         return distributed.whole(torch.nn.utils.get_total_norm(gradients))
 
-    def whole_model(self):
-        """The model's state_dict with EMA weights, on the CPU, on rank 0; None on the others."""
-        state = {}
-        for name, tensor in self.model.state_dict().items():
-            tensor = distributed.whole(self.ema.get(name, tensor))
-            if distributed.rank() == 0:
-                state[name] = tensor.cpu()
-        return state or None
-
     @torch.no_grad()
-    def copy_ema(self):
-        """The model's weights become their EMA."""
+    def become(self, values):
+        """The model's weights become these, {name: tensor}."""
         for name, p in self.weights.items():
-            p.copy_(self.ema[name])
-
-    @contextlib.contextmanager
-    def averaged(self):
-        """with state.averaged(): the model has its EMA weights; after it, those of the last step again."""
-        raw = {name: p.detach().clone() for name, p in self.weights.items()}
-        self.copy_ema()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, p in self.weights.items():
-                    p.copy_(raw[name])
+            p.copy_(values[name])
 
     def size(self):
         count = sum(p.numel() for p in self.weights.values())
         return f"{count / 1e6:.1f}M trained parameters on {self.device}"
 
     def export(self, save, log):
-        """Writes the run's model and curves. Every rank takes part, since each may hold a share of the
-        weights."""
-        whole = self.whole_model()
+        """Writes the run's model, with EMA weights, and its curves. Every rank takes part, since each may
+        hold a share of the weights."""
+        state = {}
+        for name, tensor in self.model.state_dict().items():
+            tensor = distributed.whole(self.ema.get(name, tensor))
+            if distributed.rank() == 0:
+                state[name] = tensor.cpu()
         if distributed.rank() == 0:
-            save(whole)
+            save(state)
             log.draw()
 
     def show(self, preview, samples, step):
         """Two previews: of the EMA weights, and of the raw ones. Few and small batches need not wait for a
         compiler."""
+        last = {name: p.detach().clone() for name, p in self.weights.items()}
         with torch.compiler.set_stance("force_eager"):
-            with self.averaged():
-                averaged = preview()
+            self.become(self.ema)
+            averaged = preview()
+            self.become(last)
             raw = preview()
         if distributed.rank() == 0:
             averaged.save(samples / f"{step:06d}.png")

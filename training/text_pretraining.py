@@ -35,19 +35,15 @@ def byte_pairs(captions, merges=2000):
     piece, again and again (Sennrich et al. 2016), until every word is one."""
     letters = byte_letters()
     counts = Counter(word for caption in captions for word in words(caption))
-    spelled = {word: [letters[byte] for byte in word.encode()] for word in counts}
-    spelled = {word: [*parts[:-1], parts[-1] + "</w>"] for word, parts in spelled.items()}
     pairs = []
     while len(pairs) < merges:
-        found = Counter()
-        for word, parts in spelled.items():
-            for pair in pairwise(parts):
+        tokenizer, found = CLIPTokenizer({}, pairs), Counter()
+        for word in counts:
+            for pair in pairwise(tokenizer.pieces(word)):
                 found[pair] += counts[word]
         if not found:
             break
         pairs.append(max(found, key=lambda pair: (found[pair], pair)))
-        tokenizer = CLIPTokenizer({}, pairs)
-        spelled = {word: tokenizer.pieces(word) for word in spelled}
     pieces = [*letters.values(), *(f"{letter}</w>" for letter in letters.values()), *map("".join, pairs)]
     return {piece: i for i, piece in enumerate([*pieces, START, END])}, pairs
 
