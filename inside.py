@@ -221,7 +221,7 @@ def sheets(seen, patch):
 
     if seen.temporal is not None:
         mask = motion_free_mask(torch.tensor([True]), F, 1)[0, 0].float()
-        maps = torch.stack([*seen.temporal, mask])  # (blocks + 1, F, F)
+        maps = torch.stack([*seen.temporal / seen.temporal.max(), mask])  # (blocks + 1, F, F)
         tiles = (255 * maps).to(torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1)
         names = [*(f"block {k + 1}" for k in blocks), "motion-free mask"]
         yield "frames", figures.grid(tiles, names, len(tiles), zoom=max(1, 96 // F))

@@ -176,8 +176,8 @@ class Pipeline(nn.Module):
                 tensors |= model.text_encoders.state_dict(prefix="text_encoders.")
             model.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} is not a model of train.py image: {reason}") from None
+            reason = f"as the code is now: {' '.join(str(error).split())[:300]}"
+            raise ValueError(f"{path} is not a model of train.py image, {reason}") from None
         for name, moved in published.items():
             if moved and name not in config.get("published", {}):
                 raise ValueError(f"--{name} {moved}: {path} was trained without it; leave it out")
