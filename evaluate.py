@@ -3,7 +3,6 @@
     python evaluate.py             the newest image run: six columns, for seen and unseen combinations;
                                    of a run on a folder: do samples look like the picture of their caption?
     python evaluate.py --video     the newest video run: motion, and the six columns frame by frame
-    python evaluate.py --video --sweep FILE.png     the same over guidance scales, as curves
 
 The columns are T2I-CompBench's (Huang et al. 2023). A prompt scores 1 if the judge (evaluation/judge.py)
 finds all that its column asks for, and as many things as the prompt names; else 0:
@@ -20,10 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from common import figures
 from common.files import newest_run
 from common.flags import SEEDS, dashed, flag, read, run_command
 from common.hardware import PRECISIONS, device_of
@@ -77,23 +74,6 @@ def motion(generate, count=100, seed=0):
     return scores | dict(amount=mean(points, "amount"), frames=with_mean(frames))
 
 
-def sweep(generate, count, seed, path, scales_m=(0, 1, 1.1, 1.2, 1.3, 1.6, 2), scales_t=(1, 2, 4, 7.5)):
-    """Scores over λ_M at λ_T = 2, and over λ_T at λ_M = 1: printed, drawn as curves to path, and returned."""
-    rows = {}
-    for t, m in dict.fromkeys([(2, m) for m in scales_m] + [(t, 1) for t in scales_t]):
-        row = motion(lambda prompts: generate(prompts, lambda_t=t, lambda_m=m), count, seed)
-        rows[t, m] = row | {"frames": row["frames"]["mean"]}
-        shown = "  ".join(f"{key} {score:.3f}" for key, score in rows[t, m].items())
-        print(f"λ_T {t:g} λ_M {m:g}: {shown}")
-    keys = ("motion", "identity", "amount", "frames")
-    over_m = {key: (scales_m, [rows[2, m][key] for m in scales_m]) for key in keys}
-    over_t = {key: (scales_t, [rows[t, 1][key] for t in scales_t]) for key in keys}
-    panels = [figures.curves(over_m, "over lambda-m, at lambda-t 2", (480, 320), logarithmic=False),
-              figures.curves(over_t, "over lambda-t, at lambda-m 1", (480, 320), logarithmic=False)]
-    Image.fromarray(np.hstack(panels)).save(path)
-    return {"sweep": [dict(lambda_t=t, lambda_m=m, **row) for (t, m), row in rows.items()]}
-
-
 def print_table(rows):
     """rows: {name: {column: number}}, all with the same columns."""
     columns, indent = next(iter(rows.values())), max(8, *(len(name) + 1 for name in rows))
@@ -118,7 +98,6 @@ class Flags:
     lambda_m: float = flag(1.0, "with --video: guidance by motion; 1: none", low=0, high=100)
     video: bool = flag(False, "a video run")
     frames: int = flag(0, "with --video: of a clip; 0: as many as in training", low=0)
-    sweep: str = flag("", "with --video: a picture file for curves over --lambda-m and --lambda-t")
     seed: int = flag(0, "of prompts and noise", low=0, high=SEEDS)
     batch_size: int = flag(100, "pictures made at once; with --video, frames", low=1)
     precision: str = flag("auto", "of products; auto: as in training, on this processor", choices=PRECISIONS)
@@ -127,20 +106,13 @@ class Flags:
 
 def check(flags, given):
     """ValueError for flags, of those given, without effect, and for files that could not be written."""
-    for name in ("sweep", "frames", "lambda_m"):
+    for name in ("frames", "lambda_m"):
         if name in given and not flags.video:
             raise ValueError(f"--{dashed(name)} {getattr(flags, name)}: of clips only; give --video too")
-    for name in ("lambda_t", "lambda_m"):
-        if name in given and flags.sweep:
-            raise ValueError(f"--{dashed(name)} {getattr(flags, name)}: --sweep has values of its own")
     if flags.frames == 1:
         raise ValueError("--frames 1: a clip has at least 2")
-    suffix = Path(flags.sweep).suffix.lower()
-    if flags.sweep and Image.registered_extensions().get(suffix) not in Image.SAVE:
-        raise ValueError(f"--sweep {flags.sweep}: no kind of picture; call it NAME.png")
-    for name, value in (("sweep", flags.sweep), ("json", flags.json)):
-        if not Path(value).parent.is_dir():
-            raise ValueError(f"--{name} {value}: there is no folder {Path(value).parent}")
+    if not Path(flags.json).parent.is_dir():
+        raise ValueError(f"--json {flags.json}: there is no folder {Path(flags.json).parent}")
 
 
 def training_data(flags, run, trained_on):
@@ -161,8 +133,6 @@ def training_data(flags, run, trained_on):
 def of_folder(flags, model, run, source, generate, frames):
     """Scores of a run on a folder of pictures or clips, by evaluation/likeness.py; printed. Of pictures, a
     sheet of samples and their nearest training pictures is written to RUN/neighbours.png."""
-    if flags.sweep:
-        raise ValueError(f"--sweep {flags.sweep}: of runs on shapes only; {run} was trained on {source}")
     size = model.config["image_size"]
     if flags.video:
         films = clips.load(source, size, frames, model.config["flags"]["fps"])
@@ -191,9 +161,11 @@ def main(arguments):
     frames = (flags.frames or model.config["frames"]) if flags.video else 0
     size = max(1, flags.batch_size // max(1, frames))
 
-    def generate(texts, seeds=None, lambda_t=flags.lambda_t, lambda_m=flags.lambda_m):
+    options = flags.sampler, flags.steps, flags.lambda_t, flags.lambda_m
+
+    def generate(texts, seeds=None):
         """List of N prompts → (N, 3, S, S) uint8, or clips (N, F, 3, S, S)."""
-        seeds, options = seeds or [flags.seed] * len(texts), (flags.sampler, flags.steps, lambda_t, lambda_m)
+        seeds = seeds or [flags.seed] * len(texts)
         starts = tqdm(range(0, len(texts), size), desc="sampling", disable=None, leave=False)
         parts = ((texts[i : i + size], seeds[i : i + size]) for i in starts)
         return torch.cat([model.generate(*part, *options, frames=frames) for part in parts])
@@ -203,8 +175,6 @@ def main(arguments):
     if source != "shapes":
         out = Path(run) if Path(run).is_dir() else Path(run).parent
         scores = of_folder(flags, model, out, Path(source), generate, frames)
-    elif flags.sweep:
-        scores = sweep(generate, count, flags.seed, flags.sweep)
     elif flags.video:
         scores = motion(generate, count, flags.seed)
         print_table({"": {key: score for key, score in scores.items() if key != "frames"}})

@@ -5,12 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import evaluate
 import train
 from data import moving_shapes, shapes, tar_shards
-from evaluate import composition, motion, sweep
+from evaluate import composition, motion
 from evaluation.judge import judge, judge_clip, look
 from evaluation.prompts import COLUMNS, motion_prompts, moving_prompts, only_in_pictures, prompts
 from sample import Pipeline
@@ -98,20 +97,6 @@ def test_the_judge_of_clips_is_right_on_true_ones_and_sees_what_is_wrong():
     assert empty["motion"] == empty["identity"] == empty["amount"] == 0
 
 
-def test_a_sweep_asks_for_every_scale_once_and_draws_the_curves(tmp_path):
-    asked = []
-
-    def generate(texts, lambda_t, lambda_m):
-        asked.append((lambda_t, lambda_m))
-        return torch.full((len(texts), 8, 3, 64, 64), 250, dtype=torch.uint8)
-
-    rows = sweep(generate, 5, 0, tmp_path / "curves.png", scales_m=(1.0, 1.3), scales_t=(2.0, 7.5))["sweep"]
-    assert asked == [(2.0, 1.0), (2.0, 1.3), (7.5, 1.0)]
-    assert asked == [(row["lambda_t"], row["lambda_m"]) for row in rows]
-    assert all(row["motion"] == row["frames"] == 0 for row in rows)
-    assert Image.open(tmp_path / "curves.png").size == (960, 320)
-
-
 def test_prompts_of_clips_are_fixed_and_half_of_them_are_of_what_only_pictures_have():
     asked = motion_prompts(88)
     assert asked == motion_prompts(88) != motion_prompts(88, seed=1)
@@ -143,9 +128,6 @@ def test_scores_of_a_perfect_and_of_a_blank_generator():
 @pytest.mark.parametrize("words, message", [
     (["--lambda-m", "1.2"], "--lambda-m 1.2: of clips only; give --video too"),
     (["--frames", "0"], "--frames 0: of clips only; give --video too"),
-    (["--sweep", ""], "--sweep : of clips only; give --video too"),
-    (["--video", "--sweep", "x.png", "--lambda-t", "3"], "--lambda-t 3.0: --sweep has values of its own"),
-    (["--video", "--sweep", "x.png", "--lambda-m", "1"], "--lambda-m 1.0: --sweep has values of its own"),
     (["--lambda-t", "1e30"], "--lambda-t 1e+30: must be from 0 to 100"),
     (["--steps", "1001"], "--steps 1001: must be from 1 to 1000"),
 ])  # fmt: skip
