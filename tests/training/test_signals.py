@@ -51,6 +51,8 @@ def test_in_the_last_preview(pictures, tmp_path, monkeypatch, capsys):
 def test_in_encoding(pictures, tmp_path, monkeypatch):
     """Nothing is trained yet, so nothing is left behind. (The command's one line: tests/common/test_flags.py.)"""
     signalled(monkeypatch, signal.SIGINT, batches, "encode_all")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.raises(KeyboardInterrupt):
         image(pictures, tmp_path / "run")
+    signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
