@@ -148,14 +148,16 @@ class Claim:
         text = ["| | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
         for row in rows:
             cells = [spread(self.values(row, score)) for score in scores]
-            text.append(f"| {row} | " + " | ".join(cells) + " |")
+            count = len(self.values(row, scores[0]))
+            fewer = f" ({count} of {len(self.seeds)} seeds)" * (0 < count < len(self.seeds))
+            text.append(f"| {row}{fewer} | " + " | ".join(cells) + " |")
         return "\n".join(text)
 
     def higher(self, score, first, second):
         """Whether the first row's score is higher, in a sentence."""
         a, b = self.values(first, score), self.values(second, score)
         if not a or not b:
-            return "Not run yet."
+            return f"{score}: {first} against {second}: not run yet."
         verdict = "higher" if np.mean(a) > np.mean(b) else "not higher"
         if min(len(a), len(b)) > 1 and verdict == "higher":
             apart = np.mean(a) - np.std(a, ddof=1) > np.mean(b) + np.std(b, ddof=1)

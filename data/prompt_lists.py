@@ -95,8 +95,8 @@ def notes_on(prompts, known, tokenizers):
     for prompt in dict.fromkeys(prompts):
         unknown = set(words_of(prompt)) - set(known or words_of(prompt))
         unseen = {word for tokenizer in tokenizers for word in tokenizer.unknown(prompt)}
-        parts = [f"no training caption had: {shortened(', '.join(sorted(unknown)))}"] * bool(unknown)
-        parts += [f"the tokenizer cannot read: {shortened(', '.join(sorted(unseen)))}"] * bool(unseen)
+        strange = {"no training caption had": unknown, "the tokenizer cannot read": unseen}
+        parts = [f"{what}: {shortened(', '.join(sorted(words)))}" for what, words in strange.items() if words]
         for tokenizer in tokenizers:
             if cut := tokenizer.cut(prompt):
                 parts.append(f"only the first {tokenizer.length} tokens are read, the last {cut} are not")

@@ -71,10 +71,9 @@ def motion_prompts(count, seed=0):
 def moving_prompts(column, count, seed=0):
     """`count` Prompts for clips: those of a column that name two things, which move alike."""
     rng, found = random.Random(f"moving {column} {seed}"), []
-    asked = iter(prompts(column, False, 20 * count, seed))
-    while len(found) < count:
-        prompt, motion = next(asked), rng.choice(list(MOTIONS))
-        if len(prompt.things) == 2:
+    for prompt in prompts(column, False, 20 * count, seed):
+        motion = rng.choice(list(MOTIONS))
+        if len(found) < count and len(prompt.things) == 2:
             found += clip_prompt(prompt.things, [motion, motion], prompt.relation, rng)
     return found
 

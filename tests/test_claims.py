@@ -114,7 +114,9 @@ def test_means_and_verdicts_by_hand(here):
     assert claim.table(["a", "d"], ["motion"]).splitlines()[2:] == ["| a | 0.60 ± 0.10 |", "| d | – |"]
     assert claim.higher("motion", "a", "b").endswith("0.20 ± 0.10: higher, intervals apart.")
     assert claim.higher("motion", "a", "c").endswith("higher, but the intervals overlap.")
-    assert claim.higher("motion", "b", "a").endswith("not higher.") and claim.higher("motion", "a", "d") == "Not run yet."
+    assert claim.higher("motion", "b", "a").endswith("not higher.") and claim.higher("motion", "a", "d") == "motion: a against d: not run yet."
+    claim.run("e", 1, lambda: dict(motion=0.4))
+    assert claim.table(["e"], ["motion"]).splitlines()[2] == "| e (1 of 3 seeds) | 0.40 |"
 
 
 def test_mistakes(here):

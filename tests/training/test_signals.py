@@ -52,7 +52,9 @@ def test_in_encoding(pictures, tmp_path, monkeypatch):
     """Nothing is trained yet, so nothing is left behind. (The command's one line: tests/common/test_flags.py.)"""
     signalled(monkeypatch, signal.SIGINT, batches, "encode_all")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    with pytest.raises(KeyboardInterrupt):
-        image(pictures, tmp_path / "run")
-    signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            image(pictures, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
