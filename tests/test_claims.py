@@ -159,3 +159,53 @@ def test_min_snr_weights_by_hand():
     alpha = torch.tensor([0.5, 0.1, 0.999]) ** 0.5
     weights = claims.min_snr(alpha, (1 - alpha**2).sqrt())
     torch.testing.assert_close(weights, torch.tensor([0.5, 0.1, 5 / 1000]))
+
+
+def test_frames_are_judged_before_the_training_and_on_averaged_weights(here, monkeypatch):
+    """A stub trains: its previews come in pairs, of the averaged weights (1) and of the last ones (2)."""
+
+    class Model(list):
+        eval = train = lambda model: model
+
+    model = Model([0.0])
+
+    def fit(flags, model, outline, hashes, read, batch_loss, preview, save):
+        for average in (0.1, 0.2, 0.3, 0.4):
+            for model[0] in (average, 9.0):
+                assert preview() is not None
+
+    blank = lambda model: lambda texts: torch.zeros(len(texts), 2, 3, 64, 64, dtype=torch.uint8)
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(claims, "generator", blank)
+    monkeypatch.setattr(claims, "judge", lambda *parts: model[0])
+    monkeypatch.setattr(Claim, "image_model", lambda claim: None)
+    trained = []
+
+    def train_video(claim, stage, out, seed, flags):
+        trained.append(flags)
+        train.fit(None, model, *[None] * 6)
+
+    monkeypatch.setattr(Claim, "train", train_video)
+    claim = Claim("zero_start", here, 1, True)
+    scores = claims.frames_while_training(claim, here / "run", 0, "--only-temporal")
+    assert scores == pytest.approx({"step 0": 0.0, "step 25": 0.1, "step 50": 0.2, "step 75": 0.3, "step 100": 0.4})
+    assert trained[0].startswith("--only-temporal --steps 100") and train.fit is fit
+
+
+def test_equal_flops_are_equal(here, monkeypatch):
+    """6×192 has at least the FLOPs of its blocks' matrices, by hand; "equal" is so up to ten steps."""
+    work, D, N, L = claims.step_work("mini"), 192, 16, 12
+    matrices = 4 * D * D + 2 * D * D + 8 * D * D  # of an image token: self- and cross-attention, MLP
+    by_hand = 6 * 128 * 6 * (N * matrices + L * 128 * 2 * D)
+    assert by_hand < 1e12 * work < 1.15 * by_hand  # the rest: scores, modulation, patches, time
+    total = {}
+
+    def images(claim, rows):
+        for row, (_, size, *_, steps) in ((row, flags.split()) for row, flags in rows.items()):
+            total[row] = claims.step_work(size) * int(steps)
+
+    monkeypatch.setattr(Claim, "images", images)
+    claims.scale(Claim("scale", here, 1, False))
+    assert len(total) == 10
+    for row in ("3×96", "6×192", "8×256"):
+        assert total[f"{row}, equal FLOPs"] == pytest.approx(total["4×128"], rel=0.15)
